@@ -1,0 +1,87 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    name="fastft",
+    help="Faster fine-tuning inside the trainer you already use.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, hardware, settings and plugins, ready to paste into an issue."""
+    from fastft_plugins.cli.environment import as_text, environment
+
+    found = environment()
+    # Plain print: rich would wrap and colour what is going to be pasted or parsed.
+    print(json.dumps(found, indent=2) if as_json else as_text(found))
+
+
+@app.command()
+def plugins() -> None:
+    """List the plugins that were found, and why one is not in use."""
+    from rich.console import Console
+
+    from fastft_plugins.cli.plugins import table
+    from fastft_plugins.manager import get_plugin_manager
+
+    Console().print(table(get_plugin_manager().statuses))
+
+
+@app.command()
+def report(file: Annotated[Path, typer.Argument(help="A saved report, or the report.json of a demo.")]) -> None:
+    """Show a saved report again."""
+    from rich.console import Console
+
+    from fastft_plugins.cli.saved import load_report
+
+    Console().print(load_report(file), highlight=False)
+
+
+@app.command()
+def demo(
+    # Optional[...] and not "| None": typer evaluates these at run time.
+    model: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A local Hugging Face model.", show_default="SmolLM2-135M-Instruct"),
+    ] = None,
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A JSONL file.", show_default="Python's standard library"),
+    ] = None,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Training steps.", show_default="4, with a GPU 40"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Documents a step.")] = 8,
+    max_length: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Longest document, in tokens.", show_default="512, with a GPU 1024"),
+    ] = None,
+    trainable: Annotated[str, typer.Option(help="lora or full: which weights are trained.")] = "lora",
+    out: Annotated[Path, typer.Option(help="Folder for report.json and plot.png.")] = Path("fastft-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the data sample, the order and LoRA's start.")] = 0,
+) -> None:
+    """Fine-tune a real model on real data twice, with the stock Trainer and with fastft, and compare."""
+    from rich.console import Console
+
+    from fastft_plugins.demo import DemoSettings, run_demo
+    from fastft_plugins.demo.show import make_folder, render, save
+
+    settings = DemoSettings(model, data, steps, batch_size, max_length, trainable, seed)
+    make_folder(out)
+    console = Console()
+    result = run_demo(settings, say=lambda line: console.print(line, style="dim", highlight=False))
+    console.print(render(result), highlight=False)
+    for file in save(result, out):
+        console.print(f"saved {file}")

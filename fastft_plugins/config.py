@@ -1,0 +1,113 @@
+"""What a user can set: one mode for each feature, and whether an unsupported case is an error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from fastft_plugins.errors import FastFTConfigError
+
+Mode = Literal["auto", "on", "off"]
+
+FEATURES = ("packing", "checkpointing", "moe")
+MODES: tuple[Mode, ...] = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class FastFTConfig:
+    """The settings of one run.
+
+    ``packing``, ``checkpointing`` and ``moe`` are each ``"auto"`` (on where it is safe and helps), ``"on"`` (or raise
+    before the first step, with the reason) or ``"off"``. ``strict=True`` raises wherever the stock path would be kept
+    with a warning.
+    """
+
+    packing: Mode | bool = "auto"
+    checkpointing: Mode | bool = "auto"
+    moe: Mode | bool = "auto"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for feature in FEATURES:
+            value = getattr(self, feature)
+            if isinstance(value, bool):  # YAML reads a bare on or off as a boolean
+                value = "on" if value else "off"
+            elif not isinstance(value, str) or value not in MODES:
+                raise FastFTConfigError(_wrong_value(feature, value, MODES, "; True means 'on' and False means 'off'"))
+            object.__setattr__(self, feature, value)
+        if not isinstance(self.strict, bool):
+            raise FastFTConfigError(_wrong_value("strict", self.strict, (True, False)))
+
+    def mode(self, feature: str) -> Mode:
+        """Return the mode of one of `FEATURES`."""
+        if feature not in FEATURES:
+            raise FastFTConfigError(
+                f"{feature!r} is not a feature; allowed: {_listed(FEATURES)}" + _nearest(feature, FEATURES)
+            )
+        return cast(Mode, getattr(self, feature))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain strings and booleans, as `from_dict` and YAML take them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> FastFTConfig:
+        """Build a config from a mapping; what it leaves out keeps its default."""
+        if not isinstance(settings, Mapping):
+            raise FastFTConfigError(
+                f"the settings must be a mapping of {_listed(_names())}, not {type(settings).__name__} {settings!r}"
+            )
+        for key in settings:
+            if key not in _names():
+                raise FastFTConfigError(
+                    f"unknown field {key!r} (value {settings[key]!r}); allowed: {_listed(_names())}"
+                    + _nearest(key, _names())
+                )
+        return cls(**settings)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> FastFTConfig:
+        """Read a YAML file that holds one mapping; an empty file means the defaults."""
+        import yaml
+
+        try:
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FastFTConfigError(f"cannot read the config file {path}: {error.strerror or error}") from error
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or a date like 2026-99-99
+            mark = getattr(error, "problem_mark", None)
+            place = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
+            problem = getattr(error, "problem", None) or error
+            raise FastFTConfigError(f"the config file is not valid YAML ({place}): {problem}") from error
+        try:
+            return cls.from_dict({} if settings is None else settings)
+        except FastFTConfigError as error:
+            raise FastFTConfigError(f"{path}: {error}") from error
+
+    @classmethod
+    def coerce(cls, value: FastFTConfig | Mapping[str, Any] | None) -> FastFTConfig:
+        """Accept what users pass as ``config=``: a config, a mapping, or None for the defaults."""
+        if value is None:
+            return cls()
+        return value if isinstance(value, FastFTConfig) else cls.from_dict(value)
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(field.name for field in fields(FastFTConfig))
+
+
+def _wrong_value(field: str, value: object, allowed: Sequence[object], remark: str = "") -> str:
+    return f"{field}={value!r} is not allowed; allowed: {_listed(allowed)}{remark}" + _nearest(value, allowed)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(repr, values))
+
+
+def _nearest(value: object, allowed: Sequence[object]) -> str:
+    by_text = {str(choice).lower(): choice for choice in allowed}
+    match = difflib.get_close_matches(str(value).lower(), by_text, n=1)
+    return f". Did you mean {by_text[match[0]]!r}?" if match else ""

@@ -1,0 +1,18 @@
+"""The exceptions that users and plugin authors meet."""
+
+from __future__ import annotations
+
+
+class FastFTError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class FastFTConfigError(FastFTError, ValueError):
+    """A setting is wrong. The message names the field, the value, what is allowed and the remedy."""
+
+
+class Declined(FastFTError):
+    """A feature or an adapter cannot serve this run; its only argument is the reason, shown in the report.
+
+    Under ``"auto"`` the stock path is kept; under ``"on"`` or ``strict=True`` the run raises `FastFTError`.
+    """

@@ -1,0 +1,1 @@
+"""The kernel core that the features share: each operation has a plain-torch reference and the kernels that beat it."""

@@ -1,0 +1,137 @@
+"""Attention over packed documents through torch's own flash kernel (SM80 and newer), without a host sync.
+
+The aten operators are called directly because `torch.nn.attention.varlen` hides grouped heads in torch 2.11 and offers
+no sinks in any version. Sinks need no kernel of their own: a sink adds exp(sink) to the softmax's denominator, so
+    out' = out · exp(lse − lse'),  lse' = logaddexp(lse, sink),
+and the stock backward, given out' and lse', recomputes exactly the probabilities that the sink has thinned.
+
+Shape suffixes: T tokens, H query heads, G key heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements that the kernel's backward can address with 32-bit indices; beyond it reads and writes out of bounds.
+_INT32_LIMIT = 2**31
+
+
+def flash_attention(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cu_seqlens: Tensor,
+    lengths: Sequence[int],
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """See `fastft_plugins.packing.packed_attention`. Rows too long for 32-bit indices are split between documents."""
+    total, heads, head_dim = q_THD.shape
+    outputs = []
+    for first, last in split_documents(lengths, heads, head_dim):
+        if (first, last) == (0, len(lengths)):
+            rows, cu, longest = slice(None), cu_seqlens, max_seqlen
+        else:
+            start = sum(lengths[:first])
+            rows = slice(start, start + sum(lengths[first:last]))
+            cu, longest = cu_seqlens[first : last + 1] - start, max(lengths[first:last])
+        outputs.append(_FlashVarlen.apply(q_THD[rows], k_TGD[rows], v_TGD[rows], cu, longest, scale, window, sinks_H))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def split_documents(lengths: Sequence[int], heads: int, head_dim: int, limit: int = _INT32_LIMIT) -> list[tuple[int, int]]:
+    """Ranges of documents ``(first, last)`` that one launch of the backward can address.
+
+    The backward indexes a buffer of (tokens + 128 · documents) · heads · round32(head_dim) elements with 32 bits.
+
+    Raises:
+        ValueError: if one document alone is too long.
+    """
+    per_row = heads * (-(-head_dim // 32) * 32)
+    ranges, first, rows = [], 0, 0
+    for document, length in enumerate(lengths):
+        if (length + 128) * per_row >= limit:
+            raise ValueError(
+                f"document {document} has {length} tokens; with {heads} heads of width {head_dim} the flash kernel "
+                f"can address {limit // per_row - 129}: use shorter documents"
+            )
+        if (rows + length + 128) * per_row >= limit:
+            ranges.append((first, document))
+            first, rows = document, 0
+        rows += length + 128
+    return [*ranges, (first, len(lengths))]
+
+
+class _FlashVarlen(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        window: int | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        left = -1 if window is None else window - 1
+        out_THD, lse_HT, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
+            q_THD,
+            k_TGD,
+            v_TGD,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            0.0,
+            True,
+            False,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=0,
+        )
+        if sinks_H is not None:
+            with_sink_HT = torch.logaddexp(lse_HT, sinks_H.float()[:, None])
+            kept_TH1 = (lse_HT - with_sink_HT).exp().t().unsqueeze(-1)
+            out_THD, lse_HT = (out_THD * kept_TH1).to(q_THD.dtype), with_sink_HT
+        ctx.save_for_backward(q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_seqlens, rng_state, unused, sinks_H)
+        ctx.max_seqlen, ctx.scale, ctx.left = max_seqlen, scale, left
+        return out_THD
+
+    @staticmethod
+    def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_seqlens, rng_state, unused, sinks_H = ctx.saved_tensors
+        dq_THD, dk_TGD, dv_TGD = torch.ops.aten._flash_attention_backward(
+            dout_THD.contiguous(),
+            q_THD,
+            k_TGD,
+            v_TGD,
+            out_THD,
+            lse_HT,
+            cu_seqlens,
+            cu_seqlens,
+            ctx.max_seqlen,
+            ctx.max_seqlen,
+            0.0,
+            True,
+            rng_state,
+            unused,
+            scale=ctx.scale,
+            window_size_left=ctx.left,
+            window_size_right=0,
+        )
+        dsinks_H = None
+        if sinks_H is not None and ctx.needs_input_grad[7]:
+            # d(sink) = −Σ p_sink · (dO · out'), the same row sum that the softmax's own backward subtracts
+            row_sum_HT = (dout_THD.float() * out_THD.float()).sum(-1).t()
+            p_sink_HT = (sinks_H.float()[:, None] - lse_HT).exp()
+            dsinks_H = -(p_sink_HT * row_sum_HT).sum(1).to(sinks_H.dtype)
+        return dq_THD, dk_TGD, dv_TGD, None, None, None, None, dsinks_H

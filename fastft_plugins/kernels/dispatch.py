@@ -1,0 +1,73 @@
+"""Chooses a kernel for a call and says why the better ones were not chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from fastft_plugins.errors import FastFTError
+from fastft_plugins.manager import get_plugin_manager
+
+logger = logging.getLogger("fastft")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute an operation.
+
+    Attributes:
+        name: shown in reports.
+        rank: kernels with a lower rank are asked first; the plain-torch reference has the highest.
+        rejects: given the operation's call (a hashable description of shapes, dtype and device), the reason why this
+            kernel cannot serve it, or None.
+        run: computes the operation.
+    """
+
+    name: str
+    rank: int
+    rejects: Callable[[Any], str | None]
+    run: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    kernel: Kernel
+    rejected: tuple[str, ...]  # "name: reason" of every better kernel
+
+    def __str__(self) -> str:
+        return self.kernel.name + (f" ({'; '.join(self.rejected)})" if self.rejected else "")
+
+
+_choices: dict[tuple[str, Hashable, int], Choice] = {}
+
+
+def choose(op: str, call: Hashable) -> Choice:
+    """The best kernel for ``call``; remembered, so that a layer pays for one dictionary lookup."""
+    key = (op, call, len(get_plugin_manager().statuses))
+    if key not in _choices:
+        _choices[key] = _decide(op, call)
+        logger.debug("fastft: %s runs on %s", op, _choices[key])
+    return _choices[key]
+
+
+def choices(op: str) -> list[str]:
+    """What was chosen for ``op`` in this process so far, in words."""
+    return sorted({str(choice) for (name, _, _), choice in _choices.items() if name == op})
+
+
+def _decide(op: str, call: Hashable) -> Choice:
+    kernels: list[Kernel] = []
+    for plugin, result in get_plugin_manager().call_each("fastft_kernels", op=op):
+        if isinstance(result, Exception):
+            logger.warning("fastft: plugin '%s' failed to offer kernels for %s: %s", plugin, op, result)
+        else:
+            kernels.extend(result)
+    rejected = []
+    for kernel in sorted(kernels, key=lambda kernel: kernel.rank):
+        reason = kernel.rejects(call)
+        if reason is None:
+            return Choice(kernel, tuple(rejected))
+        rejected.append(f"not {kernel.name}: {reason}")
+    raise FastFTError(f"no kernel can run {op} for {call}: {'; '.join(rejected)}")

@@ -1,0 +1,98 @@
+"""Every change made to somebody else's object, and its undo.
+
+Changes are undone in reverse order. An attribute that somebody else replaced in the meantime is left as it is and noted:
+putting the old value back would throw their change away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+logger = logging.getLogger("fastft")
+
+_MISSING = object()
+_lock = threading.Lock()
+_shared_counts: dict[Hashable, int] = {}
+
+
+class Ledger:
+    """A stack of undo steps. `close` runs them all, whatever any one of them raises, and may be called twice."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[str, Callable[[], None]]] = []
+        self.notes: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._undo)
+
+    def record(self, what: str, undo: Callable[[], None]) -> None:
+        """Remember ``undo`` for a change already made; ``what`` names it for messages."""
+        self._undo.append((what, undo))
+
+    def setattr(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of one instance to an object that can be weakly referenced (a function, a module, ...).
+
+        The undo deletes the attribute if the instance itself had none before.
+        """
+        what = f"{type(owner).__name__}.{name}"
+        before = vars(owner).get(name, _MISSING)
+        # Weak, so that an undo step never keeps a trainer or a model alive.
+        owner_ref, value_ref = weakref.ref(owner), weakref.ref(value)
+
+        def undo() -> None:
+            owner = owner_ref()
+            if owner is None:
+                return
+            if vars(owner).get(name, _MISSING) is not value_ref():
+                self.notes.append(f"{what} was changed by someone else during the run and is left as it is")
+            elif before is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+        setattr(owner, name, value)
+        self.record(what, undo)
+
+    def share(self, key: Hashable, install: Callable[[], None], remove: Callable[[], None]) -> None:
+        """Make a process-wide change once for all the runs that need it; the last of them to end removes it."""
+        with _lock:
+            if _shared_counts.get(key, 0) == 0:
+                install()
+            _shared_counts[key] = _shared_counts.get(key, 0) + 1
+
+        def undo() -> None:
+            with _lock:
+                _shared_counts[key] -= 1
+                if _shared_counts[key] == 0:
+                    del _shared_counts[key]
+                    remove()
+
+        self.record(str(key), undo)
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Any:
+        """Undo what was recorded inside the block if the block raises."""
+        mark = len(self._undo)
+        try:
+            yield
+        except BaseException:
+            self._unwind(mark)
+            raise
+
+    def close(self) -> None:
+        """Undo everything, last change first."""
+        self._unwind(0)
+
+    def _unwind(self, mark: int) -> None:
+        while len(self._undo) > mark:
+            what, undo = self._undo.pop()
+            try:
+                undo()
+            except Exception as error:  # the other undo steps must still run
+                self.notes.append(f"{what} could not be restored: {error}")
+                logger.exception("fastft: %s could not be restored", what)

@@ -1,0 +1,129 @@
+"""Turns a collator's padded batch into one packed row, in the dataloader's worker.
+
+Shape suffixes: B rows, S padded length, T real tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft_plugins.kernels import segments
+from fastft_plugins.packing.metadata import NotPacked, PackedMetadata
+
+METADATA_KEY = "fastft_metadata"
+IGNORE_INDEX = -100  # the label that transformers' and torch's losses skip
+
+_PADDED_KEYS = {"input_ids", "attention_mask", "labels", "position_ids"}
+PACKED_KEYS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+class _Keep(Exception):
+    """The batch cannot be packed exactly; the argument is the reason."""
+
+
+class PaddingFreeCollator:
+    """Wraps any collator: its padded ``[B, S]`` batch becomes one ``[1, T]`` row of documents without padding.
+
+    The row carries ``position_ids``, ``cu_seq_lens_q/k`` (int32 ``[N + 1]``), ``max_length_q/k`` (int), ``seq_idx``
+    (int32 ``[1, T]``) and a `PackedMetadata` under ``fastft_metadata``. Labels stay as the collator made them, except
+    that the first label of each document becomes -100: no token of the document predicts it. A batch that is already
+    packed (one row, ``position_ids`` that restart) only gets its metadata. A batch that cannot be packed exactly is
+    returned as it is, with the reason under ``fastft_metadata``.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, features: Any) -> Any:
+        batch = self.inner(features)
+        if not isinstance(batch, Mapping) or METADATA_KEY in batch:
+            return batch
+        try:
+            return _pack(batch)
+        except _Keep as reason:
+            batch = batch if isinstance(batch, dict) else type(batch)(batch)  # type: ignore[call-arg]
+            ids = batch.get("input_ids")
+            batch[METADATA_KEY] = NotPacked(str(reason), ids.numel() if isinstance(ids, Tensor) else 0)
+            return batch
+
+
+def _pack(batch: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(batch) - _PADDED_KEYS - PACKED_KEYS)
+    if unknown:
+        raise _Keep(f"column '{unknown[0]}' is not one that packing understands")
+    ids_BS, labels_BS = batch.get("input_ids"), batch.get("labels")
+    if not isinstance(ids_BS, Tensor) or ids_BS.dim() != 2 or ids_BS.numel() == 0:
+        raise _Keep("no two-dimensional tensor input_ids in the batch")
+    if not isinstance(labels_BS, Tensor):
+        raise _Keep("no labels in the batch")
+    mask, position_ids_BS = batch.get("attention_mask"), batch.get("position_ids")
+    for name, column in (("labels", labels_BS), ("attention_mask", mask), ("position_ids", position_ids_BS)):
+        if column is not None and (not isinstance(column, Tensor) or column.shape != ids_BS.shape):
+            raise _Keep(f"{name} does not have the shape of input_ids")
+    if mask is None and position_ids_BS is not None:
+        return _pack_rows(ids_BS, labels_BS, position_ids_BS)
+    real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask is None else _real_tokens(mask, labels_BS)
+    return _pack_padded(ids_BS, labels_BS, real_BS, position_ids_BS)
+
+
+def _real_tokens(mask_BS: Tensor, labels_BS: Tensor) -> Tensor:
+    if not bool(((mask_BS == 0) | (mask_BS == 1)).all()):
+        raise _Keep("attention_mask holds values other than 0 and 1")
+    real_BS = mask_BS.bool()
+    before_BS = torch.nn.functional.pad(real_BS[:, :-1], (1, 0))
+    runs_B = (real_BS & ~before_BS).sum(1)
+    if bool((runs_B == 0).any()):
+        raise _Keep("a row is all padding")
+    if bool((runs_B > 1).any()):
+        raise _Keep("attention_mask has holes")
+    if bool((labels_BS[~real_BS] != IGNORE_INDEX).any()):
+        raise _Keep("labels on padding positions, which stock training counts")
+    return real_BS
+
+
+def _pack_padded(ids_BS: Tensor, labels_BS: Tensor, real_BS: Tensor, position_ids_BS: Tensor | None) -> dict[str, Any]:
+    if position_ids_BS is not None:
+        steps_BS = position_ids_BS.diff(dim=1) == 1
+        if not bool((steps_BS | ~(real_BS[:, 1:] & real_BS[:, :-1])).all()):
+            raise _Keep("position_ids jump inside a row that has an attention_mask: stock attends across the jump")
+    lengths_B = real_BS.sum(1)
+    first_B = real_BS.int().argmax(1)
+    first_label_B = labels_BS.gather(1, first_B[:, None]).squeeze(1)
+    # Stock never trains column 0. A first label further right is predicted from padding: it cannot be kept.
+    dropped = int(((first_label_B != IGNORE_INDEX) & (first_B > 0)).sum())
+    metadata = PackedMetadata.from_lengths(
+        lengths_B.tolist(), padded_tokens=ids_BS.numel(), dropped_labels=dropped
+    )
+    labels_T = labels_BS[real_BS]
+    labels_T[metadata.cu_seqlens[:-1].long()] = IGNORE_INDEX
+    return _row(ids_BS[real_BS], labels_T, metadata.position_ids, metadata)
+
+
+def _pack_rows(ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor) -> dict[str, Any]:
+    """Rows without a mask whose position_ids say where documents start: what stock itself takes for packed."""
+    starts_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = position_ids_BS.diff(dim=1) != 1
+    metadata = PackedMetadata.from_lengths(segments.lengths_of(starts_BS.flatten()))
+    if ids_BS.shape[0] == 1:  # already one row: ids, labels and positions stay bit for bit
+        return _row(ids_BS[0], labels_BS[0], position_ids_BS[0], metadata)
+    labels_BS = labels_BS.clone()
+    labels_BS[:, 0] = IGNORE_INDEX  # stock shifts the labels row by row, so it never trains column 0
+    return _row(ids_BS.flatten(), labels_BS.flatten(), metadata.position_ids, metadata)
+
+
+def _row(ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, metadata: PackedMetadata) -> dict[str, Any]:
+    return {
+        "input_ids": ids_T[None],
+        "labels": labels_T[None],
+        "position_ids": position_ids_T[None],
+        "cu_seq_lens_q": metadata.cu_seqlens,
+        "cu_seq_lens_k": metadata.cu_seqlens,
+        "max_length_q": metadata.max_seqlen,
+        "max_length_k": metadata.max_seqlen,
+        "seq_idx": metadata.seq_idx[None],
+        METADATA_KEY: metadata,
+    }

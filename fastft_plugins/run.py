@@ -1,0 +1,209 @@
+"""One training run: asks the features to decide, the adapters to inject, owns the ledger, and puts everything back."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+from torch import nn
+
+from fastft_plugins.config import FEATURES, FastFTConfig
+from fastft_plugins.errors import Declined, FastFTConfigError, FastFTError
+from fastft_plugins.ledger import Ledger
+from fastft_plugins.manager import get_plugin_manager
+from fastft_plugins.report import Report
+
+logger = logging.getLogger("fastft")
+
+# The run that is active on a model, by the model's id. Weak: a run lives as long as whoever started it.
+_active: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be trained: the model, the trainer if there is one, and the name of its framework."""
+
+    model: nn.Module
+    trainer: Any = None
+    framework: str = "torch"
+    train_dataloader: Any = None  # the one about to be iterated, where training has already begun
+
+
+class Feature(Protocol):
+    """One optimisation. ``name`` is a field of `FastFTConfig`."""
+
+    name: str
+
+    def start(self, run: Run) -> str:
+        """Switch on for ``run`` and return the reason in a few words, or raise `Declined` with the reason."""
+
+    def stop(self, run: Run) -> None:
+        """Training has ended or failed: add the last figures to the report. The ledger undoes the changes."""
+
+
+class Run:
+    """The state of one training run. `start` and `stop` are idempotent; `stop` also runs when the run is collected."""
+
+    def __init__(self, target: Target, config: FastFTConfig | Mapping[str, Any] | None = None) -> None:
+        self.target = target
+        self.config = FastFTConfig.coerce(config)
+        self.report = Report(framework=target.framework, model=type(target.model).__name__)
+        self.ledger = Ledger()
+        self._features: list[Feature] = []
+        weakref.finalize(self, self.ledger.close).atexit = False
+
+    @property
+    def model(self) -> nn.Module:
+        return self.target.model
+
+    @property
+    def active(self) -> bool:
+        return _active.get(id(self.model)) is self
+
+    def start(self) -> Run:
+        """Ask every feature; whatever one of them raises, nothing stays behind."""
+        if self.active:
+            return self
+        if id(self.model) in _active:
+            raise FastFTError(f"a fastft run is already active on this {type(self.model).__name__}; stop it first")
+        _active[id(self.model)] = self
+        self.report.state = "running"
+        try:
+            self._start_features()
+        except BaseException as error:
+            self.stop(error)
+            raise
+        return self
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Undo every change and close the report."""
+        if not self.active:
+            return
+        for feature in self._features:
+            feature.stop(self)
+        self._features.clear()
+        self.ledger.close()
+        self.report.notes.extend(self.ledger.notes)
+        self.report.state = "finished" if error is None else f"stopped by {type(error).__name__}"
+        _active.pop(id(self.model), None)
+
+    def call(self, hook: str, **arguments: Any) -> list[str]:
+        """Call a seam on every plugin; returns what they changed.
+
+        Raises:
+            Declined: with the reason, if a plugin declined, failed, or none of them had anything to change.
+        """
+        changes = []
+        for plugin, result in get_plugin_manager().call_each(hook, run=self, **arguments):
+            if isinstance(result, FastFTError):
+                raise result
+            if isinstance(result, Exception):
+                raise Declined(f"plugin '{plugin}' failed: {type(result).__name__}: {result}") from result
+            if result is not None:
+                changes.append(str(result))
+        if not changes:
+            raise Declined(f"no plugin knows how to serve this {self.report.framework} target ({self.report.model})")
+        return changes
+
+    def switch_off(self, name: str, declined: Declined) -> None:
+        """A feature that was on turns out not to be possible: report it, warn, and raise if it was asked for."""
+        entry = self.report.features[name]
+        entry.enabled, entry.reason = False, str(declined)
+        self._refuse(name, declined)
+
+    def _start_features(self) -> None:
+        offered: dict[str, Feature] = {}
+        for plugin, result in get_plugin_manager().call_each("fastft_features"):
+            if isinstance(result, Exception):
+                self.report.notes.append(f"plugin '{plugin}' failed to offer features: {result}")
+            else:
+                offered.update({feature.name: feature for feature in result})
+        for name in FEATURES:
+            self._start_feature(name, offered.get(name))
+
+    def _start_feature(self, name: str, feature: Feature | None) -> None:
+        entry, mode = self.report.features[name], self.config.mode(name)
+        if mode == "off":
+            entry.reason = "switched off in the config"
+            return
+        try:
+            if feature is None:
+                raise Declined("not part of this version")
+            with self.ledger.all_or_nothing():
+                entry.reason = feature.start(self)
+        except Declined as declined:
+            entry.reason = str(declined)
+            if feature is not None or mode == "on":
+                self._refuse(name, declined)
+            return
+        entry.enabled = True
+        self._features.append(feature)
+
+    def _refuse(self, name: str, declined: Declined) -> None:
+        if self.config.mode(name) == "on" or self.config.strict:
+            asked = f"{name}='on'" if self.config.mode(name) == "on" else "strict=True"
+            raise FastFTError(f"{asked}, but {name} cannot be on here: {declined}") from declined
+        logger.warning("fastft: %s stays off, training is stock there: %s", name, declined)
+
+
+def active_run(model: nn.Module) -> Run | None:
+    """The run that is active on ``model``, if any."""
+    return _active.get(id(model))
+
+
+def find_target(target: Any) -> Target:
+    """Ask the adapters whose trainer ``target`` is; a plain `nn.Module` is its own target.
+
+    Raises:
+        FastFTConfigError: if nobody knows it.
+    """
+    for _, result in get_plugin_manager().call_each("fastft_matches", target=target):
+        if isinstance(result, Target):
+            return result
+        if result is True:
+            return Target(target.model, target, framework=type(target).__module__.split(".")[0])
+    if isinstance(target, nn.Module):
+        return Target(target)
+    raise FastFTConfigError(
+        f"target: {type(target).__module__}.{type(target).__name__} is not supported; allowed: a transformers or TRL "
+        "Trainer, a Lightning Trainer, an nn.Module, or a trainer that an installed plugin matches (see `fastft plugins`)"
+    )
+
+
+class apply:
+    """``with apply(target, config) as run:`` trains faster inside the block and restores everything at its end.
+
+    Args:
+        target: a Hugging Face or TRL `Trainer`, a Lightning `Trainer`, or an `nn.Module` trained in a loop of your own.
+        config: a `FastFTConfig` or a dict of its fields.
+
+    A block inside another one on the same model joins the outer run.
+
+    Raises:
+        FastFTConfigError: for a bad config or target.
+        FastFTError: if a feature set to "on" cannot be on.
+    """
+
+    def __init__(self, target: Any, config: FastFTConfig | Mapping[str, Any] | None = None) -> None:
+        self._run = Run(find_target(target), config)
+        self._joined = False
+
+    def __enter__(self) -> Run:
+        outer = active_run(self._run.model)
+        if outer is not None:
+            self._joined = True
+            return outer
+        return self._run.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._joined:
+            self._run.stop(error)
+
+
+__all__: Sequence[str] = ("Feature", "Run", "Target", "active_run", "apply", "find_target")

@@ -1,0 +1,176 @@
+"""Packed attention inside a stock transformers model.
+
+Two seams, both on instances. A forward pre-hook on the decoder gives a packed batch a 4-D mask of size zero: masking then
+returns it as it is, before it would look for packed sequences (which waits for the GPU) or build a T×T mask. And every
+attention module gets a copy of its config that names the attention function registered here; it serves packed
+batches, found by the metadata among the keyword arguments, and hands all others to the model's own function.
+The metadata travels with the call, so a checkpointed layer finds it again when it is recomputed.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastft_plugins.errors import Declined
+from fastft_plugins.packing import METADATA_KEY, PackedMetadata, packed_attention
+from fastft_plugins.packing.collator import PACKED_KEYS
+from fastft_plugins.packing.feature import count_batch
+from fastft_plugins.packing.metadata import NotPacked
+from fastft_plugins.run import Run
+
+# The families whose parity with stock is tested.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_ATTENTION_NAME = "fastft"  # without "flash": transformers treats such names as FlashAttention
+
+
+def find_causal_lm(model: nn.Module) -> PreTrainedModel | None:
+    """The one causal language model of transformers inside ``model`` (itself, or below PEFT's or the user's wrapper)."""
+    found = [m for m in model.modules() if isinstance(m, PreTrainedModel) and type(m).__name__.endswith("ForCausalLM")]
+    return found[0] if len(found) == 1 else None
+
+
+def not_a_causal_lm(model: nn.Module) -> Declined:
+    return Declined(f"{type(model).__name__} does not hold exactly one causal language model of transformers")
+
+
+def inject_packed_attention(run: Run, causal_lm: PreTrainedModel) -> str:
+    """Install both seams through the run's ledger; raises `Declined` where packing could differ from stock."""
+    reason = _why_not(run.model, causal_lm)
+    if reason is not None:
+        raise Declined(reason)
+    decoder = causal_lm.base_model
+    attentions = [module for module in decoder.modules() if _is_attention(module)]
+    run.ledger.share("transformers' attention function 'fastft'", _register, _unregister)
+    for attention in attentions:
+        config = copy.copy(attention.config)
+        config._attn_implementation_internal = _ATTENTION_NAME
+        config._fastft_stock_config = attention.config
+        run.ledger.setattr(attention, "config", config)
+    hook = decoder.register_forward_pre_hook(_make_hook(run), with_kwargs=True)
+    run.ledger.record("the decoder's forward pre-hook", hook.remove)
+    return f"packed attention in {len(attentions)} layers of {type(causal_lm).__name__}"
+
+
+def _why_not(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
+    config, name = causal_lm.config, type(causal_lm).__name__
+    family = config.model_type
+    if family not in FAMILIES:
+        return f"model type '{family}' is not among the tested families ({', '.join(FAMILIES)})"
+    if not type(causal_lm).__module__.startswith("transformers.models."):
+        return f"{name} is not transformers' own class, so its forward and loss are unknown"
+    if hasattr(causal_lm, "_loss_function") or getattr(causal_lm, "loss_type", "ForCausalLM") != "ForCausalLM":
+        return f"{name} has a loss function of its own, which may not be a sum over tokens"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"attention implementation '{config._attn_implementation}' is kept; packing serves 'sdpa' and 'eager'"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"attention_dropout is {config.attention_dropout}; packed attention has no dropout"
+    if getattr(config, "output_attentions", False):
+        return "output_attentions is set; packed attention never forms the attention weights"
+    if not getattr(config, "is_causal", True):
+        return "is_causal is False in the model's config; packed attention is causal"
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type in ("dynamic", "longrope"):
+        return f"'{rope_type}' rotary embedding depends on the longest row of the padded batch"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "PEFT prompt learning puts virtual tokens before each row"
+    if isinstance(model, nn.DataParallel):
+        return "DataParallel splits batches by rows, and a packed batch has one"
+    return None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Attention") and hasattr(module, "config") and hasattr(module, "layer_idx")
+
+
+def _make_hook(run: Run) -> Callable[..., Any]:
+    def give_metadata(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        metadata = kwargs.get(METADATA_KEY)
+        if metadata is None:
+            return None
+        kwargs = dict(kwargs)
+        if isinstance(metadata, PackedMetadata):
+            reason = _why_stale(metadata, args, kwargs)
+            if reason is None:
+                if decoder.training:
+                    count_batch(run.report.features["packing"], metadata)
+                # 4-D, so masking returns it untouched; of size zero, so a stock attention function would fail on it
+                kwargs["attention_mask"] = metadata.cu_seqlens[:0].view(1, 1, 0, 0)
+                kwargs["use_cache"] = False
+                return args, kwargs
+            metadata = NotPacked(reason)
+        if decoder.training:
+            count_batch(run.report.features["packing"], metadata)
+        for key in (METADATA_KEY, *PACKED_KEYS):
+            kwargs.pop(key, None)
+        return args, kwargs
+
+    return give_metadata
+
+
+def _why_stale(metadata: PackedMetadata, args: Any, kwargs: dict[str, Any]) -> str | None:
+    """The reason if the batch is no longer the one the metadata was made for. Never waits for a GPU."""
+    inputs = kwargs.get("input_ids", args[0] if args else None)
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None or tuple(inputs.shape[:2]) != (1, metadata.total_tokens):
+        return "the batch changed shape after the collator"
+    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        return "the batch got an attention_mask or past_key_values after the collator"
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None or position_ids.shape != (1, metadata.total_tokens):
+        return "position_ids were removed or changed shape after the collator"
+    if position_ids.device.type == "cpu":
+        starts_T = position_ids[0].diff(prepend=position_ids[0, :1]) != 1
+        if not torch.equal(starts_T.nonzero().flatten(), metadata.cu_seqlens[:-1].long()):
+            return "position_ids were changed after the collator"
+    elif position_ids._version:  # a fresh copy on the device has version 0
+        return "position_ids were changed in place after the collator"
+    return None
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention signature: q ``[B, H, T, D]``, k and v ``[B, G, T, D]`` → ``[B, T, H, D]``."""
+    metadata = kwargs.get(METADATA_KEY)
+    if metadata is None:
+        result: tuple[Tensor, Tensor | None] = _stock(module)(module, query, key, value, attention_mask, **kwargs)
+        return result
+    out_THD = packed_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        metadata,
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        scale=kwargs.get("scaling"),
+    )
+    return out_THD.unsqueeze(0), None
+
+
+def _stock(module: nn.Module) -> Callable[..., Any]:
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    name = module.config._fastft_stock_config._attn_implementation
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return function
+
+
+def _register() -> None:
+    AttentionInterface.register(_ATTENTION_NAME, _attention_forward)
+
+
+def _unregister() -> None:
+    AttentionInterface._global_mapping.pop(_ATTENTION_NAME, None)

@@ -1,0 +1,38 @@
+"""The hooks of the transformers adapter. No framework is imported before a hook is called with something of theirs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fastft_plugins.hookspecs import hookimpl
+from fastft_plugins.run import Run, Target
+
+
+@hookimpl
+def fastft_matches(target: Any) -> Target | None:
+    if "transformers" not in sys.modules:  # then nothing can be a Trainer of theirs
+        return None
+    from transformers import Trainer
+
+    return Target(target.model, target, framework="transformers") if isinstance(target, Trainer) else None
+
+
+@hookimpl
+def fastft_inject_metadata(run: Run, wrap_collator: Callable[[Any], Any]) -> str | None:
+    if "transformers" not in sys.modules:
+        return None
+    from transformers import Trainer
+
+    from fastft_hf import model, trainer
+
+    causal_lm = model.find_causal_lm(run.model)
+    if causal_lm is None:
+        if isinstance(run.target.trainer, Trainer):
+            raise model.not_a_causal_lm(run.model)
+        return None
+    changes = [model.inject_packed_attention(run, causal_lm)]
+    if isinstance(run.target.trainer, Trainer):
+        changes.append(trainer.inject_collator(run, wrap_collator))
+    return "; ".join(changes)

@@ -1,0 +1,117 @@
+"""transformers' Trainer: how to find it from a callback, whether its loss allows packing, and where its collator is."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from fastft_plugins.errors import Declined
+from fastft_plugins.run import Run
+
+# Methods that decide the loss, and the modules whose versions are known to sum over tokens.
+_LOSS_METHODS = ("compute_loss", "training_step", "_get_num_items_in_batch")
+_STOCK_MODULES = ("transformers.trainer", "transformers.trainer_seq2seq", "trl.trainer.sft_trainer")
+
+# Everything the Trainer runs between on_train_begin and the end of train(). An exception inside one of them ends the run.
+_GUARDED = ("_run_epoch", "_evaluate", "_finalize_training")
+
+
+def find_trainer(callback: Any) -> Trainer | None:
+    """The Trainer that is calling ``callback``: callbacks are not given it, but it is ``self`` in a calling frame."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
+            return candidate
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def guard(run: Run, trainer: Trainer) -> None:
+    """Stop ``run`` when an exception leaves the training loop: no callback event is fired then."""
+    run_ref = weakref.ref(run)
+
+    def stop_on_error(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except BaseException as error:
+                run = run_ref()
+                if run is not None:
+                    run.stop(error)
+                raise
+
+        return guarded
+
+    for name in _GUARDED:
+        if hasattr(trainer, name):
+            run.ledger.setattr(trainer, name, stop_on_error(getattr(trainer, name)))
+    handler = trainer.callback_handler
+    run.ledger.setattr(handler, "call_event", stop_on_error(handler.call_event))
+
+
+def inject_collator(run: Run, wrap_collator: Callable[[Any], Any]) -> str:
+    """Wrap the collator of the train dataloader: of the one given, or of each one the Trainer will make."""
+    trainer = run.target.trainer
+    _check_loss(trainer)
+    if run.target.train_dataloader is not None:
+        _wrap(run, run.target.train_dataloader, wrap_collator)
+        return "collator of the train dataloader"
+    run_ref, make_loader = weakref.ref(run), trainer.get_train_dataloader
+
+    @functools.wraps(make_loader)
+    def get_train_dataloader(*args: Any, **kwargs: Any) -> Any:
+        loader, run = make_loader(*args, **kwargs), run_ref()
+        if run is not None and run.active:
+            try:
+                _wrap(run, loader, wrap_collator)
+            except Declined as declined:
+                run.switch_off("packing", declined)
+        return loader
+
+    run.ledger.setattr(trainer, "get_train_dataloader", get_train_dataloader)
+    return "collator of the train dataloader, when training makes it"
+
+
+def _check_loss(trainer: Trainer) -> None:
+    if trainer.compute_loss_func is not None:
+        raise Declined("compute_loss_func is set: the loss of your own may not be a sum over tokens")
+    for name in _LOSS_METHODS:
+        method = getattr(trainer, name)
+        owner = getattr(method, "__func__", method)
+        if name in vars(trainer) or owner.__module__ not in _STOCK_MODULES:
+            where = getattr(owner, "__qualname__", name)
+            raise Declined(f"{where} overrides {name}: the loss of your own may not be a sum over tokens")
+    if trainer.args.n_gpu > 1:
+        raise Declined("DataParallel splits batches by rows, and a packed batch has one; launch one process per GPU")
+    if trainer.args.torch_compile:
+        raise Declined("torch_compile would compile again for every new set of document lengths")
+    if getattr(trainer.accelerator, "parallelism_config", None) is not None:
+        raise Declined("context, sequence and tensor parallelism split rows in ways packing does not know")
+
+
+def _wrap(run: Run, train_dataloader: Any, wrap_collator: Callable[[Any], Any]) -> None:
+    loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+    if type(train_dataloader).__name__ == "DataLoaderDispatcher":
+        raise Declined("the dataloader dispatches slices of one batch to all processes; set dispatch_batches=False")
+    if not isinstance(loader, DataLoader) or loader.batch_size is None and loader.batch_sampler is None:
+        raise Declined(f"{type(loader).__name__} is not a torch DataLoader with a collator")
+    if isinstance(loader.collate_fn, type(wrap_collator(None))):
+        return  # already wrapped, or the user's own padding-free collator
+    _restart_workers(loader)
+    run.ledger.record("persistent dataloader workers", functools.partial(_restart_workers, loader))
+    run.ledger.setattr(loader, "collate_fn", wrap_collator(loader.collate_fn))
+
+
+def _restart_workers(loader: DataLoader[Any]) -> None:
+    """Persistent workers keep the collator they were started with; without an iterator the loader starts new ones."""
+    if loader.persistent_workers and loader._iterator is not None:
+        loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+        loader._iterator = None

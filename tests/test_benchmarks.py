@@ -1,0 +1,208 @@
+"""The benchmark harness: documents, summaries, and a smoke run of real processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="the benchmarks train with transformers' Trainer")
+
+from benchmarks import run as cli
+from benchmarks.documents import TOLERANCE, describe, make_steps, parse_lengths
+from benchmarks.settings import SMOKE, Settings
+from benchmarks.shapes import SHAPES, build_model
+from benchmarks.summary import ratios, render, spread, summarise
+from benchmarks.table import markdown
+
+ROOT = Path(__file__).parents[1]
+
+
+def benchmark(*arguments: str) -> dict[str, Any]:
+    """Run `python -m benchmarks.run --smoke …` as a user would, and return the file it wrote."""
+    out = arguments[arguments.index("--out") + 1]
+    paths = [str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.run", "--smoke", *arguments]
+    process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result: dict[str, Any] = json.loads(Path(out).read_text())
+    assert process.returncode == 0, [run["error"] for run in result["runs"]]
+    assert "tokens/s" in process.stdout
+    return result
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("benchmark") / "result.json"
+    return benchmark("--stacks", "stock-padded,fastft-padded", "--repeats", "1", "--out", str(out))
+
+
+def test_smoke_run_records_everything_a_reader_needs(result: dict[str, Any]) -> None:
+    assert set(result) == {
+        "schema", "date", "commit", "command", "settings", "documents", "environment", "runs", "summary", "ratios",
+    }  # fmt: skip
+    assert result["schema"] == cli.SCHEMA
+    assert result["settings"]["shape"] == "tiny-llama"
+    assert {"torch", "transformers"} <= set(result["environment"]["packages"])
+    for run in result["runs"]:
+        assert run["status"] == "ok" and run["error"] is None
+        assert len(run["step_s"]) == len(run["tokens_per_s"]) == SMOKE["steps"]
+        assert len(run["forward_s"]) == len(run["backward_s"]) == SMOKE["split_steps"]
+        assert min(run["first_step_s"], *run["step_s"], *run["forward_s"], *run["backward_s"]) > 0
+        assert len(run["loss"]) == Settings(**SMOKE).total_steps
+
+
+def test_both_stacks_train_on_the_same_documents_with_the_same_losses(result: dict[str, Any]) -> None:
+    stock, fastft = result["runs"]
+    assert stock["documents_digest"] == fastft["documents_digest"] == result["documents"]["digest"]
+    assert fastft["loss"] == pytest.approx(stock["loss"], rel=1e-5)
+    assert result["ratios"][0]["loss_difference"] < 1e-5
+    assert fastft["report"]["features"]["packing"]["enabled"], fastft["report"]
+
+
+def test_smoke_run_of_the_forward_and_backward_stacks(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    result = benchmark("--stacks", "varlen-rebuilt,fastft-model", "--repeats", "1", "--out", str(out))
+    rebuilt, once = result["runs"]
+    assert once["loss"] == pytest.approx(rebuilt["loss"], rel=1e-5)
+
+
+def test_a_failing_stack_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_fails(stack: str, settings: Settings) -> dict[str, Any]:
+        if stack == "stock-packed":
+            return {"status": "failed", "error": "out of memory"}
+        return {"environment": {"gpu": None, "packages": {}}, **_ok(seconds=[1.0, 1.0])}
+
+    monkeypatch.setattr(cli, "run_process", one_fails)
+    out = tmp_path / "deep" / "result.json"
+    arguments = ["--smoke", "--stacks", "stock-padded,stock-packed,fastft-packed", "--repeats", "2", "--out", str(out)]
+    assert cli.main(arguments) == 1
+    result = json.loads(out.read_text())
+    assert [run["status"] for run in result["runs"]] == ["ok", "failed", "ok"] * 2
+    assert result["summary"]["stock-packed"] is None
+    assert [row["stack"] for row in result["ratios"]] == ["fastft-packed"]
+
+
+def test_a_crashing_process_is_reported_with_its_error() -> None:
+    outcome = cli.run_process("no-such-stack", Settings(**SMOKE))
+    assert outcome["status"] == "failed"
+    assert "no-such-stack" in outcome["error"]
+
+
+def test_ratios_compare_repeat_by_repeat() -> None:
+    runs = [
+        {"stack": "a", "repeat": 0, **_ok(seconds=[2.0, 2.0])},
+        {"stack": "b", "repeat": 0, **_ok(seconds=[1.0, 1.0])},
+        {"stack": "a", "repeat": 1, **_ok(seconds=[3.0, 3.0])},
+        {"stack": "b", "repeat": 1, **_ok(seconds=[1.0, 1.0])},
+    ]
+    (row,) = ratios(runs)
+    assert row["step_s"] == {"pairs": [2.0, 3.0], "median": 2.5}
+    assert row["tokens_per_s"]["pairs"] == [2.0, 3.0]
+    assert row["forward_s"] is None  # no such steps were run
+    result = {
+        "settings": Settings().__dict__,
+        "documents": {"per_step": 1, "padding_share": 0.5},
+        "environment": {"gpu": "GPU", "packages": {"torch": "2.11"}},
+        "summary": summarise(runs),
+        "ratios": [row],
+        "runs": runs,
+    }
+    assert "b against a: tokens/s 2.50× (2.00 3.00)" in render(result)
+    assert "**2.50×** (2.00, 3.00)" in markdown([result])
+
+
+def test_spread() -> None:
+    assert spread([]) is None
+    assert spread([4.0]) == {"p20": 4.0, "p50": 4.0, "p80": 4.0}
+    assert spread([float(value) for value in range(11)]) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "share_below_256"),
+    [("loguniform-64-1024", 0.5), ("uniform-64-1024", (256 - 64) / (1024 - 64)), ("fixed-300", 0.0)],
+)
+def test_lengths_follow_their_distribution(name: str, share_below_256: float) -> None:
+    lengths = [length for step in describe(make_steps(60, 8192, name, vocab_size=50))["lengths"] for length in step]
+    distribution = parse_lengths(name)
+    assert distribution.low <= min(lengths) and max(lengths) <= distribution.high
+    below = sum(length < 256 for length in lengths) / len(lengths)
+    assert below == pytest.approx(share_below_256, abs=4 * math.sqrt(0.25 / len(lengths)))
+
+
+@pytest.mark.parametrize("tokens", [2048, 8192])
+def test_steps_are_close_to_the_target_and_repeatable(tokens: int) -> None:
+    steps = make_steps(5, tokens, "loguniform-64-1024", vocab_size=50, seed=7)
+    assert steps == make_steps(5, tokens, "loguniform-64-1024", vocab_size=50, seed=7)
+    assert steps != make_steps(5, tokens, "loguniform-64-1024", vocab_size=50, seed=8)
+    assert len({len(step) for step in steps}) == 1
+    for step in steps:
+        assert sum(map(len, step)) == pytest.approx(tokens, rel=TOLERANCE)
+
+
+def test_accumulated_batches_are_equal_in_size() -> None:
+    assert all(len(step) % 5 == 0 for step in make_steps(3, 8192, "loguniform-64-1024", 50, accumulate=5))
+
+
+@pytest.mark.parametrize("name", ["zipf-1-2", "fixed-", "uniform-9-3", "fixed-1", "loguniform-0-8"])
+def test_bad_lengths_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"lengths '{name}'"):
+        parse_lengths(name)
+
+
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-qwen3"])
+def test_models_are_the_same_in_every_process_and_take_a_number_of_layers(shape: str) -> None:
+    settings = Settings(**{**SMOKE, "shape": shape, "layers": 1})
+    first, second = build_model(settings), build_model(settings)
+    assert first.config.num_hidden_layers == 1
+    for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        assert ours.equal(theirs)
+
+
+def test_lora_trains_adapters_on_every_linear_in_the_dtype_of_the_weights() -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    model = build_model(Settings(**{**SMOKE, "trainable": "lora", "dtype": "bf16"}))
+    trained = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {str(p.dtype) for p in model.parameters()} == {"torch.bfloat16"}
+
+
+def test_every_shape_is_a_config_of_transformers() -> None:
+    from transformers import AutoConfig
+
+    for values in SHAPES.values():
+        assert AutoConfig.for_model(**values).num_hidden_layers == values["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("arguments", [["--stacks", "nothing"], ["--shape", "nothing"], ["--warmup", "0"]])
+def test_bad_options_end_with_a_message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_help_explains_the_stacks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(["--help"])
+    shown = capsys.readouterr().out
+    assert "A B A B" in shown and "varlen-rebuilt" in shown and "padding collator" in shown
+
+
+def _ok(seconds: list[float]) -> dict[str, Any]:
+    return {
+        "status": "ok",
+        "error": None,
+        "first_step_s": 5.0,
+        "step_s": seconds,
+        "forward_s": [],
+        "backward_s": [],
+        "tokens_per_s": [100 / s for s in seconds],
+        "peak_memory_bytes": None,
+        "loss": [1.0] * len(seconds),
+    }
