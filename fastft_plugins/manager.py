@@ -50,6 +50,7 @@ class PluginManager:
         self._lock = threading.RLock()
         self._pluggy: pluggy.PluginManager | None = None
         self._statuses: list[PluginStatus] = []
+        self.generation = 0  # grows with every change, so that answers of the hooks can be remembered
 
     @property
     def hook(self) -> pluggy.HookRelay:
@@ -77,6 +78,7 @@ class PluginManager:
             known = ", ".join(name for name, _ in manager.list_name_plugin())
             raise ValueError(f"{plugin_or_name!r} is not a registered plugin; registered: {known}")
         manager.unregister(name=name)
+        self.generation += 1
         self._statuses = [one for one in self._statuses if (one.name, one.state) != (name, "loaded")]
 
     def call_each(self, hook_name: str, **arguments: Any) -> list[tuple[str, Any]]:
@@ -147,6 +149,7 @@ class PluginManager:
             raise
         hooks = sorted(caller.name for caller in manager.get_hookcallers(plugin) or ())
         self._statuses.append(replace(status, hooks=tuple(hooks)))
+        self.generation += 1
 
 
 _manager: PluginManager | None = None
@@ -170,7 +173,10 @@ def _candidates() -> Iterator[tuple[PluginStatus, Callable[[], object]]]:
         if package in found:
             yield _from_entry(found[package])
         elif importlib.util.find_spec(package) is not None:  # used from a source tree, without installed entry points
-            yield PluginStatus(name, "source tree", _own_version()), partial(importlib.import_module, f"{package}.plugin")
+            yield (
+                PluginStatus(name, "source tree", _own_version()),
+                partial(importlib.import_module, f"{package}.plugin"),
+            )
     third_party = [entry for entry in entries if _package(entry) not in OWN_ADAPTERS]
     yield from map(_from_entry, sorted(third_party, key=lambda entry: entry.name))
 

@@ -105,7 +105,7 @@ def test_rows_split_for_32_bit_indices_change_nothing(monkeypatch):
     assert len(attention_flash.split_documents(LENGTHS, HEADS, WIDTH)) > 1
     split = output_and_gradients(function, inputs)
     for name, tensor in whole.items():
-        assert relative_error(split[name], tensor) < 1e-3, name
+        assert relative_error(split[name], tensor) < 1e-3, name  # dQ is added up by atomics, in no fixed order
 
 
 def small_model(family, **overrides):
@@ -146,7 +146,7 @@ def host_syncs_are_errors():
 
 
 def step(model, batch):
-    loss = model(**batch).loss
+    loss = model(**batch, use_cache=False).loss  # as Trainer does; with a cache, stock packed rows leak into each other
     loss.backward()
     return loss
 

@@ -1,4 +1,4 @@
-"""Every hook is documented, called, and implemented in a test; a new hook without these fails here."""
+"""Every hook is documented, and implemented in a test that calls it; a new hook without these fails here."""
 
 from __future__ import annotations
 
@@ -96,12 +96,6 @@ class TestEveryHook:
 
     def test_is_implemented_in_a_test(self, hook: str) -> None:
         assert any(hook in implemented_in(file.read_text()) for file in ROOT.glob("tests/**/test_*.py"))
-
-    def test_is_called_by_the_package(self, hook: str) -> None:
-        definitions = {"hookspecs.py", "builtin.py"}
-        sources = [file.read_text() for file in ROOT.glob("fastft_plugins/**/*.py") if file.name not in definitions]
-        calls = rf"hook\.{hook}\b|[\"']{hook}[\"']"
-        assert any(re.search(calls, source) for source in sources)
 
     @pytest.mark.parametrize("through", ["hook", "call_each"])
     def test_passes_its_arguments_and_returns_the_result(

@@ -33,7 +33,9 @@ def flash_attention(
     sinks_H: Tensor | None,
 ) -> Tensor:
     """See `fastft_plugins.packing.packed_attention`. Rows too long for 32-bit indices are split between documents."""
-    total, heads, head_dim = q_THD.shape
+    _, heads, head_dim = q_THD.shape
+    if sinks_H is not None:
+        sinks_H = sinks_H.float()  # so that the gradients of several launches add up in fp32
     outputs = []
     for first, last in split_documents(lengths, heads, head_dim):
         if (first, last) == (0, len(lengths)):
@@ -46,7 +48,7 @@ def flash_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def split_documents(lengths: Sequence[int], heads: int, head_dim: int, limit: int = _INT32_LIMIT) -> list[tuple[int, int]]:
+def split_documents(lengths: Sequence[int], heads: int, head_dim: int) -> list[tuple[int, int]]:
     """Ranges of documents ``(first, last)`` that one launch of the backward can address.
 
     The backward indexes a buffer of (tokens + 128 · documents) · heads · round32(head_dim) elements with 32 bits.
@@ -57,12 +59,12 @@ def split_documents(lengths: Sequence[int], heads: int, head_dim: int, limit: in
     per_row = heads * (-(-head_dim // 32) * 32)
     ranges, first, rows = [], 0, 0
     for document, length in enumerate(lengths):
-        if (length + 128) * per_row >= limit:
+        if (length + 128) * per_row >= _INT32_LIMIT:
             raise ValueError(
                 f"document {document} has {length} tokens; with {heads} heads of width {head_dim} the flash kernel "
-                f"can address {limit // per_row - 129}: use shorter documents"
+                f"can address {_INT32_LIMIT // per_row - 129}: use shorter documents"
             )
-        if (rows + length + 128) * per_row >= limit:
+        if (rows + length + 128) * per_row >= _INT32_LIMIT:
             ranges.append((first, document))
             first, rows = document, 0
         rows += length + 128
@@ -99,7 +101,7 @@ class _FlashVarlen(torch.autograd.Function):
             window_size_right=0,
         )
         if sinks_H is not None:
-            with_sink_HT = torch.logaddexp(lse_HT, sinks_H.float()[:, None])
+            with_sink_HT = torch.logaddexp(lse_HT, sinks_H[:, None])
             kept_TH1 = (lse_HT - with_sink_HT).exp().t().unsqueeze(-1)
             out_THD, lse_HT = (out_THD * kept_TH1).to(q_THD.dtype), with_sink_HT
         ctx.save_for_backward(q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_seqlens, rng_state, unused, sinks_H)
@@ -132,6 +134,6 @@ class _FlashVarlen(torch.autograd.Function):
         if sinks_H is not None and ctx.needs_input_grad[7]:
             # d(sink) = −Σ p_sink · (dO · out'), the same row sum that the softmax's own backward subtracts
             row_sum_HT = (dout_THD.float() * out_THD.float()).sum(-1).t()
-            p_sink_HT = (sinks_H.float()[:, None] - lse_HT).exp()
-            dsinks_H = -(p_sink_HT * row_sum_HT).sum(1).to(sinks_H.dtype)
+            p_sink_HT = (sinks_H[:, None] - lse_HT).exp()
+            dsinks_H = -(p_sink_HT * row_sum_HT).sum(1)
         return dq_THD, dk_TGD, dv_TGD, None, None, None, None, dsinks_H

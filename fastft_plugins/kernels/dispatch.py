@@ -40,12 +40,13 @@ class Choice:
         return self.kernel.name + (f" ({'; '.join(self.rejected)})" if self.rejected else "")
 
 
-_choices: dict[tuple[str, Hashable, int], Choice] = {}
+_choices: dict[tuple[str, Hashable, int, int], Choice] = {}
 
 
 def choose(op: str, call: Hashable) -> Choice:
     """The best kernel for ``call``; remembered, so that a layer pays for one dictionary lookup."""
-    key = (op, call, len(get_plugin_manager().statuses))
+    manager = get_plugin_manager()
+    key = (op, call, id(manager), manager.generation)
     if key not in _choices:
         _choices[key] = _decide(op, call)
         logger.debug("fastft: %s runs on %s", op, _choices[key])
@@ -54,7 +55,7 @@ def choose(op: str, call: Hashable) -> Choice:
 
 def choices(op: str) -> list[str]:
     """What was chosen for ``op`` in this process so far, in words."""
-    return sorted({str(choice) for (name, _, _), choice in _choices.items() if name == op})
+    return sorted({str(choice) for (name, *_), choice in _choices.items() if name == op})
 
 
 def _decide(op: str, call: Hashable) -> Choice:

@@ -33,8 +33,13 @@ _ATTENTION_NAME = "fastft"  # without "flash": transformers treats such names as
 
 def find_causal_lm(model: nn.Module) -> PreTrainedModel | None:
     """The one causal language model of transformers inside ``model`` (itself, or below PEFT's or the user's wrapper)."""
-    found = [m for m in model.modules() if isinstance(m, PreTrainedModel) and type(m).__name__.endswith("ForCausalLM")]
+    found = [module for module in model.modules() if _is_causal_lm(module)]
     return found[0] if len(found) == 1 else None
+
+
+def _is_causal_lm(module: nn.Module) -> bool:
+    names = (base.__name__ for base in type(module).__mro__)  # a user's subclass may have any name
+    return isinstance(module, PreTrainedModel) and any(name.endswith("ForCausalLM") for name in names)
 
 
 def not_a_causal_lm(model: nn.Module) -> Declined:

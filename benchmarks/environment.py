@@ -1,0 +1,38 @@
+"""What a result depends on beside its settings: the GPU, the versions, the commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from typing import Any
+
+import torch
+
+PACKAGES = ("fastft-plugins", "torch", "triton", "transformers", "accelerate", "peft", "trl", "liger-kernel")
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return {"gpu": gpu, "cuda": torch.version.cuda, "python": platform.python_version(), "packages": _versions()}
+
+
+def git_commit() -> str | None:
+    """The commit, `-dirty` when files differ from it; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,135 @@
+"""Measure one stack in this process: a real HF Trainer, or a bare loop of forward and backward."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from benchmarks.documents import Document, make_steps
+from benchmarks.recorder import Recorder
+from benchmarks.settings import Settings
+from benchmarks.shapes import build_model, checkpointing_argument, vocab_size
+
+Batch = dict[str, Any]
+
+
+def steps_of(settings: Settings) -> list[list[Document]]:
+    return make_steps(
+        settings.total_steps,
+        settings.tokens,
+        settings.lengths,
+        vocab_size(settings.shape),
+        settings.seed,
+        settings.accumulate,
+    )
+
+
+def features_of(documents: Iterable[Document]) -> list[dict[str, list[int]]]:
+    return [{"input_ids": document, "labels": document} for document in documents]
+
+
+def measure_trainer(
+    settings: Settings, collator: Callable[..., Batch], callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Any]:
+    """Train with the stock Trainer. A callback that has a report, as FastFTCallback does, gets it into the result."""
+    steps = steps_of(settings)
+    recorder = Recorder(settings)
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = Trainer(
+            model=build_model(settings),
+            args=_training_arguments(settings, directory, len(steps[0])),
+            train_dataset=features_of(document for step in steps for document in step),
+            data_collator=collator,
+            callbacks=[_Clock(recorder), *callbacks],
+        )
+        _time_parts(trainer, recorder)
+        recorder.start()
+        trainer.train()
+    reports = [callback.report.to_dict() for callback in callbacks if getattr(callback, "report", None)]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return recorder.result(_real_tokens(steps), losses, reports[0] if reports else None)
+
+
+def measure_model(
+    settings: Settings,
+    model: torch.nn.Module,
+    make_batch: Callable[[list[dict[str, list[int]]]], Batch],
+) -> dict[str, Any]:
+    """Forward and backward only, one batch a step, each batch on the device before its step begins."""
+    steps = steps_of(settings)
+    device = settings.torch_device()
+    recorder = Recorder(settings)
+    losses = []
+    for documents in steps:
+        batch = {
+            key: value.to(device) if hasattr(value, "to") else value
+            for key, value in make_batch(features_of(documents)).items()
+        }
+        recorder.start()
+        with recorder.part("forward"):
+            loss = model(**batch).loss
+        with recorder.part("backward"):
+            loss.backward()
+        recorder.end_step()
+        model.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if recorder.over_budget:
+            break
+    return recorder.result(_real_tokens(steps), losses, report=None)
+
+
+class _Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]  # untyped base
+    """Tells the recorder where steps end, and stops the training when the process has used up its time."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self._recorder.end_step()
+        if self._recorder.over_budget:
+            control.should_training_stop = True
+        return control
+
+
+def _training_arguments(settings: Settings, directory: str, documents: int) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "output_dir": directory,
+        "max_steps": settings.total_steps,
+        "per_device_train_batch_size": documents // settings.accumulate,
+        "gradient_accumulation_steps": settings.accumulate,
+        "train_sampling_strategy": "sequential",  # step i of every stack trains on the same documents
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "bf16": settings.dtype == "bf16",
+        "use_cpu": settings.torch_device().type == "cpu",
+        checkpointing_argument(): settings.checkpointing,
+        "logging_steps": 1,  # the loss of every step
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": settings.seed,
+    }
+    return TrainingArguments(**options)
+
+
+def _time_parts(trainer: Trainer, recorder: Recorder) -> None:
+    # Modules inside the model are left alone: only the model that Trainer itself calls is timed.
+    trainer.model.register_forward_pre_hook(lambda module, args: recorder.begin_part("forward"))
+    trainer.model.register_forward_hook(lambda module, args, output: recorder.end_part("forward"))
+    backward = trainer.accelerator.backward
+
+    def timed_backward(*args: Any, **kwargs: Any) -> None:
+        with recorder.part("backward"):
+            backward(*args, **kwargs)
+
+    trainer.accelerator.backward = timed_backward
+
+
+def _real_tokens(steps: list[list[Document]]) -> list[int]:
+    return [sum(len(document) for document in step) for step in steps]

@@ -1,0 +1,146 @@
+"""Compare training stacks on this machine: `python -m benchmarks.run --help`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.documents import describe
+from benchmarks.environment import git_commit
+from benchmarks.measure import steps_of
+from benchmarks.settings import SMOKE, Settings
+from benchmarks.shapes import SHAPES
+from benchmarks.stacks import STACKS
+from benchmarks.summary import ratios, render, summarise
+
+SCHEMA = 1
+START_UP_S = 120  # a process may take this long, beside its budget, to import and to end
+_EPILOG = """\
+stacks, the first one named being the reference of every ratio:
+{stacks}
+
+example:
+  python -m benchmarks.run --shape llama-1b --stacks stock-padded,fastft-padded --out llama-1b.json
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    settings = settings_from(options)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "command": shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]),
+        "settings": dataclasses.asdict(settings),
+        "documents": describe(steps_of(settings)),
+        "environment": None,
+        "runs": [],
+    }
+    for repeat in range(options.repeats):
+        for stack in options.stacks:
+            print(f"{stack}, repeat {repeat + 1} of {options.repeats} …", file=sys.stderr, flush=True)
+            outcome = run_process(stack, settings)
+            result["environment"] = result["environment"] or outcome.pop("environment", None)
+            outcome.pop("environment", None)
+            result["runs"].append({"stack": stack, "repeat": repeat, **outcome})
+            result["summary"] = summarise(result["runs"])
+            result["ratios"] = ratios(result["runs"])
+            # Written after every process: what was measured survives an interrupted comparison.
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(render(result))
+    return 0 if all(run["status"] == "ok" for run in result["runs"]) else 1
+
+
+def run_process(stack: str, settings: Settings) -> dict[str, Any]:
+    """Measure one stack in a fresh process with empty compiler caches; a failure becomes part of the result."""
+    with tempfile.TemporaryDirectory() as directory:
+        settings_file, result_file = Path(directory, "settings.json"), Path(directory, "result.json")
+        settings_file.write_text(json.dumps(dataclasses.asdict(settings)))
+        caches = {name: str(Path(directory, name)) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        command = [sys.executable, "-m", "benchmarks.worker", stack, str(settings_file), str(result_file)]
+        try:
+            process = subprocess.run(
+                command,
+                env={**os.environ, **caches},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=settings.budget + START_UP_S,
+            )
+        except subprocess.TimeoutExpired:
+            return {"status": "timeout", "error": f"not done after {settings.budget + START_UP_S:.0f} s"}
+        if process.returncode != 0:
+            lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+            return {"status": "failed", "error": lines[-1], "stderr": lines[-40:]}
+        outcome: dict[str, Any] = json.loads(result_file.read_text())
+    if not outcome["step_s"]:
+        return {"status": "over budget", "error": f"no timed step within {settings.budget:.0f} s"}
+    return {"status": "ok", "error": None, **outcome}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description="Compare training stacks on this machine. Each stack runs in processes of its own, in turn "
+        "(A B A B), with empty compiler caches and on the same documents of random tokens.",
+        epilog=_EPILOG.format(stacks="\n".join(f"  {name:<16} {stack.__doc__}" for name, stack in STACKS.items())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = Settings()
+    add = parser.add_argument
+    # Defaults live in Settings; what is not given here stays None, so that --smoke can supply its own.
+    add("--shape", choices=SHAPES, help=f"model shape, random weights ({default.shape})")
+    add("--layers", type=int, metavar="N", help="only this many layers of the shape")
+    add("--stacks", type=_stacks, default=["stock-padded", "fastft-padded"], metavar="A,B", help="which to compare")
+    add("--repeats", type=int, default=2, metavar="N", help="processes per stack (2)")
+    add("--warmup", type=int, metavar="N", help=f"untimed steps first, at least one ({default.warmup})")
+    add("--steps", type=int, metavar="N", help=f"timed steps ({default.steps})")
+    add("--split-steps", type=int, metavar="N", help=f"more steps, timing forward and backward ({default.split_steps})")
+    add("--tokens", type=int, metavar="N", help=f"real tokens of a step, about ({default.tokens})")
+    add("--lengths", metavar="NAME", help=f"loguniform-A-B, uniform-A-B or fixed-N ({default.lengths})")
+    add("--accumulate", type=int, metavar="N", help="split a step into N batches (1)")
+    add("--trainable", choices=["lora", "full"], help=f"LoRA r=16 on all linears, or all weights ({default.trainable})")
+    add("--checkpointing", choices=["on", "off"], help="activation checkpointing (on)")
+    add("--dtype", choices=["bf16", "fp32"], help=f"of the weights ({default.dtype})")
+    add("--device", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
+    add("--seed", type=int, metavar="N", help="of documents and weights (0)")
+    add("--budget", type=float, metavar="SECONDS", help=f"of a process, then it stops ({default.budget:.0f})")
+    add("--out", type=Path, default=Path("benchmark.json"), metavar="FILE", help="the result (benchmark.json)")
+    add("--smoke", action="store_true", help="a tiny model on the CPU, a few steps: does the harness work?")
+    options = parser.parse_args(arguments)
+    if options.warmup is not None and options.warmup < 1:
+        parser.error("--warmup is at least 1: the first step compiles and allocates")
+    return options
+
+
+def settings_from(options: argparse.Namespace) -> Settings:
+    given = {
+        field.name: value
+        for field in dataclasses.fields(Settings)
+        if (value := getattr(options, field.name)) is not None
+    }
+    if "checkpointing" in given:
+        given["checkpointing"] = given["checkpointing"] == "on"
+    return Settings(**{**(SMOKE if options.smoke else {}), **given})
+
+
+def _stacks(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in STACKS]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)} (there are: {', '.join(STACKS)})")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())
