@@ -78,20 +78,18 @@ class Gradients(TrainerCallback):
         self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
-def arguments(folder: Path | str, **overrides: Any) -> TrainingArguments:
-    defaults: dict[str, Any] = {
-        "max_steps": 5,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "optim": "sgd",
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 1,
-    }
-    return TrainingArguments(str(folder), **(defaults | overrides))
+DEFAULTS: dict[str, Any] = {
+    "max_steps": 5,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.05,
+    "optim": "sgd",
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 1,
+}
 
 
 def make_trainer(
@@ -108,7 +106,7 @@ def make_trainer(
     """A Trainer around a copy of ``model``."""
     return trainer_class(
         copy.deepcopy(model),
-        arguments(folder, **overrides),
+        TrainingArguments(str(folder), **(DEFAULTS | overrides)),
         data_collator=collator or Pad(),
         train_dataset=documents() if data is None else data,
         callbacks=list(callbacks),

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_helpers import chat_tokenizer
 
 from fastft_plugins import FastFTConfigError
 from fastft_plugins.demo import data
-
-from .tiny import chat_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,9 @@ def test_standard_library_gives_docstrings_and_bodies() -> None:
     assert [record.where for record in records] == [record.where for record in data.standard_library(30, seed=0)]
     for record in records:
         user, assistant = record.messages
-        assert "def " in user["content"] and ('"""' in user["content"] or "'" in user["content"] or '"' in user["content"])
+        assert "def " in user["content"] and (
+            '"""' in user["content"] or "'" in user["content"] or '"' in user["content"]
+        )
         assert assistant["content"].strip()
     assert len({record.where for record in records}) == 30
 

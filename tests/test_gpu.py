@@ -25,7 +25,13 @@ def relative_error(value, truth):
 def attention_inputs(dtype, seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
     total = sum(LENGTHS)
-    shapes = [(total, HEADS, WIDTH), (total, KEY_HEADS, WIDTH), (total, KEY_HEADS, WIDTH), (HEADS,), (total, HEADS, WIDTH)]
+    shapes = [
+        (total, HEADS, WIDTH),
+        (total, KEY_HEADS, WIDTH),
+        (total, KEY_HEADS, WIDTH),
+        (HEADS,),
+        (total, HEADS, WIDTH),
+    ]
     return [torch.randn(shape, device="cuda", generator=generator).to(dtype) for shape in shapes]
 
 
@@ -33,7 +39,9 @@ def output_and_gradients(function, inputs, dtype=None):
     q, k, v, sinks, dout = (tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in inputs)
     out = function(q, k, v, sinks)
     out.backward(dout)
-    return {"out": out, "dQ": q.grad, "dK": k.grad, "dV": v.grad} | ({} if sinks.grad is None else {"dSinks": sinks.grad})
+    return {"out": out, "dQ": q.grad, "dK": k.grad, "dV": v.grad} | (
+        {} if sinks.grad is None else {"dSinks": sinks.grad}
+    )
 
 
 def stock_sdpa(window):

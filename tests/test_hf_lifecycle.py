@@ -54,7 +54,10 @@ def assert_nothing_is_left(trainer, stock):
 
 
 def test_a_finished_run_leaves_nothing(tmp_path):
-    stock, ours = make_trainer(tmp_path, tiny_model()), make_trainer(tmp_path, tiny_model(), callbacks=[FastFTCallback()])
+    stock, ours = (
+        make_trainer(tmp_path, tiny_model()),
+        make_trainer(tmp_path, tiny_model(), callbacks=[FastFTCallback()]),
+    )
     stock.train()
     ours.train()
     assert_nothing_is_left(ours, stock)
@@ -75,7 +78,10 @@ def test_a_failed_run_leaves_nothing(tmp_path, event, error):
 
 
 def test_an_error_inside_the_model_leaves_nothing(tmp_path):
-    stock, ours = make_trainer(tmp_path, tiny_model()), make_trainer(tmp_path, tiny_model(), callbacks=[FastFTCallback()])
+    stock, ours = (
+        make_trainer(tmp_path, tiny_model()),
+        make_trainer(tmp_path, tiny_model(), callbacks=[FastFTCallback()]),
+    )
     for trainer in (stock, ours):
         for row in trainer.train_dataset[::2]:
             row["input_ids"][0] = 10**6
@@ -192,7 +198,8 @@ class PerSequenceMean(Trainer):
 
 def own_loss_function(outputs, labels, num_items_in_batch=None):
     rows = [
-        torch.nn.functional.cross_entropy(row[:-1], label[1:]) for row, label in zip(outputs.logits, labels, strict=True)
+        torch.nn.functional.cross_entropy(row[:-1], label[1:])
+        for row, label in zip(outputs.logits, labels, strict=True)
     ]
     return torch.stack(rows).mean()
 
@@ -301,7 +308,10 @@ def test_a_batch_changed_after_the_collator_never_meets_stale_metadata(mutate):
     elif mutate == "attention_mask":
         batch["attention_mask"] = torch.ones(1, 24, dtype=torch.long)
     else:
-        batch = {key: value[:, :20] if key in ("input_ids", "labels", "position_ids") else value for key, value in batch.items()}
+        batch = {
+            key: value[:, :20] if key in ("input_ids", "labels", "position_ids") else value
+            for key, value in batch.items()
+        }
     standard = {key: batch[key] for key in ("input_ids", "labels", "position_ids", "attention_mask") if key in batch}
     stock = model(**standard, use_cache=False).logits
     with apply(model) as run:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from hf_helpers import FAMILIES, VOCABULARY, Gradients, Pad, documents, grad_norms, losses, make_trainer, tiny_model
+from hf_helpers import (
+    DEFAULTS,
+    FAMILIES,
+    VOCABULARY,
+    Gradients,
+    Pad,
+    documents,
+    grad_norms,
+    losses,
+    make_trainer,
+    tiny_model,
+)
 from torch.testing import assert_close
 
 from fastft_plugins import FastFTCallback, apply
@@ -96,7 +107,9 @@ def test_collators_of_transformers(tmp_path, kind, side):
         collator = transformers.DataCollatorForSeq2Seq(Tokenizer(side))
         compare(tmp_path, tiny_model(), collator=collator, data=data)
     elif side == "right":
-        compare(tmp_path, tiny_model(), collator=transformers.DataCollatorForLanguageModeling(Tokenizer(side), mlm=False))
+        compare(
+            tmp_path, tiny_model(), collator=transformers.DataCollatorForLanguageModeling(Tokenizer(side), mlm=False)
+        )
 
 
 def test_rows_of_one_length_without_a_mask(tmp_path):
@@ -232,3 +245,30 @@ def test_packed_and_padded_batches_may_interleave(checkpointing):
     with apply(model):
         ours = gradients(PaddingFreeCollator(Pad())(rows), Pad()(other))
     assert_close(ours, stock, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed by TRL"])
+def test_sft_trainer_of_trl(tmp_path, packing):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizer, runs, callback = Tokenizer("right"), [], FastFTCallback({"packing": "on"})
+    tokenizer.eos_token = "w2"
+    for callbacks in ([], [callback]):
+        config = trl.SFTConfig(
+            **DEFAULTS,
+            output_dir=str(tmp_path),
+            bf16=False,
+            gradient_checkpointing=False,
+            packing=packing,
+            max_length=64,
+        )
+        trainer = trl.SFTTrainer(
+            tiny_model("qwen3"),
+            config,
+            train_dataset=datasets.Dataset.from_list(documents()),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.train()
+        runs.append((losses(trainer), dict(trainer.model.state_dict())))
+    assert_close(runs[1], runs[0], rtol=2e-6, atol=2e-6)
+    assert callback.report.features["packing"].metrics["packed_batches"] == 5

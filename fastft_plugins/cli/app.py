@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -43,29 +43,28 @@ def report(file: Annotated[Path, typer.Argument(help="A saved report, or the rep
     """Show a saved report again."""
     from rich.console import Console
 
-    from fastft_plugins.cli.saved import load_report
+    from fastft_plugins.cli.saved import show_saved
 
-    Console().print(load_report(file), highlight=False)
+    show_saved(file, Console())
 
 
 @app.command()
 def demo(
-    # Optional[...] and not "| None": typer evaluates these at run time.
     model: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="A local Hugging Face model.", show_default="SmolLM2-135M-Instruct"),
     ] = None,
     data: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="A JSONL file.", show_default="Python's standard library"),
     ] = None,
     steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Training steps.", show_default="4, with a GPU 40"),
+        int | None,
+        typer.Option(help="Training steps.", show_default="3, with a GPU 40"),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Documents a step.")] = 8,
     max_length: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Longest document, in tokens.", show_default="512, with a GPU 1024"),
     ] = None,
     trainable: Annotated[str, typer.Option(help="lora or full: which weights are trained.")] = "lora",
@@ -76,12 +75,12 @@ def demo(
     from rich.console import Console
 
     from fastft_plugins.demo import DemoSettings, run_demo
-    from fastft_plugins.demo.show import make_folder, render, save
+    from fastft_plugins.demo.show import make_folder, save, show
 
     settings = DemoSettings(model, data, steps, batch_size, max_length, trainable, seed)
     make_folder(out)
     console = Console()
     result = run_demo(settings, say=lambda line: console.print(line, style="dim", highlight=False))
-    console.print(render(result), highlight=False)
+    show(result, console)
     for file in save(result, out):
         console.print(f"saved {file}")

@@ -38,7 +38,9 @@ def as_text(found: dict[str, Any]) -> str:
     rows += list(found["variables"].items()) or [("FASTFT_ variables", "none set")]
     for plugin in found["plugins"]:
         state = plugin["state"] + (f": {plugin['error']}" if plugin["error"] else "")
-        rows.append((f"plugin {plugin['name']}", f"{plugin['source']} {plugin['version'] or ''}".strip() + f", {state}"))
+        rows.append(
+            (f"plugin {plugin['name']}", f"{plugin['source']} {plugin['version'] or ''}".strip() + f", {state}")
+        )
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 

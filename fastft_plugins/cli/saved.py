@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import RenderableType
-from rich.text import Text
+from rich.console import Console
 
 from fastft_plugins.errors import FastFTConfigError
 from fastft_plugins.report import Report
@@ -14,8 +13,8 @@ from fastft_plugins.report import Report
 _REMEDY = "Remedy: a file with json.dumps(report.to_dict()), or the report.json of a demo"
 
 
-def load_report(file: Path) -> RenderableType:
-    """Return what to print for a file.
+def show_saved(file: Path, console: Console) -> None:
+    """Print the report in a file.
 
     Raises:
         FastFTConfigError: the file is missing, is not JSON or holds something else.
@@ -29,15 +28,15 @@ def load_report(file: Path) -> RenderableType:
     except json.JSONDecodeError as error:
         raise FastFTConfigError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}). {_REMEDY}.") from error
     if isinstance(saved, dict) and saved.get("kind") == "fastft demo":
-        from fastft_plugins.demo.show import render
+        from fastft_plugins.demo.show import show
 
         try:
-            return render(saved)
+            return show(saved, console)
         except (KeyError, TypeError, ValueError) as error:
             raise FastFTConfigError(f"{file}: a demo's report, but not complete ({error!r}). {_REMEDY}.") from error
     if not isinstance(saved, dict):
         raise FastFTConfigError(f"{file}: a JSON {type(saved).__name__}, not an object. {_REMEDY}.")
     try:
-        return Text(str(Report.from_dict(saved)))
+        console.out(str(Report.from_dict(saved)), highlight=False)
     except FastFTConfigError as error:
         raise FastFTConfigError(f"{file}: {error}. {_REMEDY}.") from error

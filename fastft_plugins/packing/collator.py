@@ -95,9 +95,7 @@ def _pack_padded(ids_BS: Tensor, labels_BS: Tensor, real_BS: Tensor, position_id
     first_label_B = labels_BS.gather(1, first_B[:, None]).squeeze(1)
     # Stock never trains column 0. A first label further right is predicted from padding: it cannot be kept.
     dropped = int(((first_label_B != IGNORE_INDEX) & (first_B > 0)).sum())
-    metadata = PackedMetadata.from_lengths(
-        lengths_B.tolist(), padded_tokens=ids_BS.numel(), dropped_labels=dropped
-    )
+    metadata = PackedMetadata.from_lengths(lengths_B.tolist(), padded_tokens=ids_BS.numel(), dropped_labels=dropped)
     labels_T = labels_BS[real_BS]
     labels_T[metadata.cu_seqlens[:-1].long()] = IGNORE_INDEX
     return _row(ids_BS[real_BS], labels_T, metadata.position_ids, metadata)

@@ -43,7 +43,9 @@ class PackedMetadata:
             raise ValueError("lengths: is empty; a packed row needs at least one document")
         if min(lengths) < 1:
             at = next(index for index, length in enumerate(lengths) if length < 1)
-            raise ValueError(f"lengths[{at}]: is {lengths[at]}; every document needs at least one token, drop empty ones")
+            raise ValueError(
+                f"lengths[{at}]: is {lengths[at]}; every document needs at least one token, drop empty ones"
+            )
         total = sum(lengths)
         if total >= 2**31:
             raise ValueError(f"lengths: sum to {total}; a packed row holds fewer than 2**31 tokens")

@@ -52,14 +52,14 @@ class FastFTCallback(TrainerCallback):
         if trainer is not None:
             hf_trainer.guard(self._run, trainer)
         if state.is_world_process_zero:
-            logger.info("fastft is on\n%s", self.report)
+            logger.info("%s", self.report)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stop()
         if state.is_world_process_zero:
-            logger.info("fastft report\n%s", self.report)
+            logger.info("%s", self.report)
 
     def _stop(self) -> None:
         if self._run is not None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from fastft_plugins.errors import Declined
 from fastft_plugins.hookspecs import hookimpl
 from fastft_plugins.run import Run, Target
 
@@ -27,6 +28,8 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[[Any], Any]) -> str
 
     from fastft_hf import model, trainer
 
+    if run.target.framework == "transformers" and run.target.trainer is None:
+        raise Declined("the Trainer that calls this callback cannot be found, so its loss is unknown")
     causal_lm = model.find_causal_lm(run.model)
     if causal_lm is None:
         if isinstance(run.target.trainer, Trainer):

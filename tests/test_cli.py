@@ -1,0 +1,166 @@
+"""The command line: what users type and what they see, errors included."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from demo_helpers import save_tiny_model
+from rich.console import Console
+
+from fastft_plugins.cli import main
+from fastft_plugins.cli.plugins import table
+from fastft_plugins.demo.compare import batch_tokens
+from fastft_plugins.manager import PluginManager, PluginStatus
+from fastft_plugins.report import FeatureReport, Report
+
+
+@pytest.fixture
+def fastft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call the command line in this process; returns exit code, output and errors."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+def test_help_imports_no_framework() -> None:
+    program = (
+        "import sys; from fastft_plugins.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("env", "plugins", "report", "demo"))
+
+
+def test_python_m_is_the_same_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastft_plugins", "report", "nowhere.json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("fastft: nowhere.json: cannot be read")
+    assert "Traceback" not in done.stderr
+
+
+def test_env(fastft: Any, plugin_manager: PluginManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTFT_TRACE", "0")
+    code, text, _ = fastft("env")
+    assert code == 0
+    assert "torch" in text and "FASTFT_TRACE" in text and "built-in" in text
+    found = json.loads(fastft("env", "--json")[1])
+    assert found["packages"]["torch"] and found["packages"]["python"]
+    assert {"fastft-plugins", "triton", "transformers", "trl", "lightning", "peft"} <= found["packages"].keys()
+    assert found["variables"]["FASTFT_TRACE"] == "0"
+    assert "loaded" in {plugin["state"] for plugin in found["plugins"]}
+
+
+def test_plugins(fastft: Any, plugin_manager: PluginManager) -> None:
+    code, text, _ = fastft("plugins")
+    assert code == 0
+    for status in plugin_manager.statuses:
+        assert status.name in text and status.state in text
+        assert all(hook in text for hook in status.hooks)
+
+
+def test_a_failed_plugin_shows_its_error() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table([PluginStatus("broken", "some-package", "1.0", "failed", "ImportError: no [module] x")]))
+    text = console.export_text()
+    assert "broken" in text and "failed" in text and "no [module] x" in text
+
+
+def test_report_shows_a_saved_report(fastft: Any, tmp_path: Path) -> None:
+    saved = Report({"packing": FeatureReport("packing", True, "because")}, model="Tiny")
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(saved.to_dict()))
+    code, text, _ = fastft("report", file)
+    assert code == 0
+    assert text.strip() == str(saved).strip()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{\n'a'", "line 2: not valid JSON"),
+        ("[]", "a JSON list, not an object"),
+        ("{}", "not a saved fastft report"),
+        ('{"kind": "fastft demo"}', "not complete"),
+    ],
+)
+def test_report_of_another_file(fastft: Any, tmp_path: Path, content: str, problem: str) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(content)
+    code, _, errors = fastft("report", file)
+    assert code == 2
+    assert str(file) in errors and problem in errors and "Remedy: " in errors
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_demo_end_to_end(fastft: Any, tmp_path: Path, plugin_manager: PluginManager, trainable: str) -> None:
+    data = tmp_path / "data.jsonl"
+    with data.open("w") as lines:
+        for length in (1, 9, 2, 30, 4, 3):
+            lines.write(json.dumps({"prompt": "add one two", "completion": "return a + " * length}) + "\n")
+    model, out = save_tiny_model(tmp_path / "model"), tmp_path / "out"
+    options = ["--batch-size", 3, "--steps", 4, "--max-length", 64, "--trainable", trainable, "--out", out]
+    code, text, errors = fastft("demo", "--model", model, "--data", data, *options)
+    assert code == 0, errors
+    assert "real tokens/s" in text and "packing" in text
+
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((out / "report.json").read_text())
+    assert len(saved["stock"]["losses"]) == len(saved["fastft"]["step_seconds"]) == 4
+    assert saved["real_tokens"][:2] == saved["real_tokens"][2:]  # six records, twice
+    assert 0.3 < saved["padding_share"] < 0.9
+    assert saved["largest_relative_loss_difference"] < 1e-4
+    assert saved["stock"]["losses"][0] != saved["stock"]["losses"][2]  # it did learn something
+    assert saved["weight_difference_over_update"] < 0.05
+    assert saved["stock"]["peak_memory_bytes"] > 0
+    assert saved["fastft_report"]["features"]["packing"]["enabled"]
+    assert saved["settings"]["trainable"] == trainable
+
+    code, again, _ = fastft("report", out / "report.json")
+    assert code == 0
+    assert again.strip() in text
+
+
+def test_demo_errors_come_before_any_training(fastft: Any, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "fine"}\n{"txt": "typo"}\n')
+    for options, problem in (
+        (["--data", file], f"{file}, line 2: the record has no text"),
+        (["--data", tmp_path / "none.jsonl"], "no such file"),
+        (["--model", tmp_path], f"{tmp_path}: no config.json here"),
+        (["--steps", 0], "steps=0: must be at least 1"),
+        (["--trainable", "qlora"], "allowed: 'lora', 'full'"),
+        (["--out", file], "cannot be created"),
+    ):
+        code, _, errors = fastft("demo", *(["--out", tmp_path / "out"] if "--out" not in options else []), *options)
+        assert code == 2, problem
+        assert problem in errors
+        assert errors.startswith("fastft: ") and "Traceback" not in errors
+
+
+def test_a_model_folder_that_cannot_be_loaded(fastft: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code, _, errors = fastft("demo", "--model", tmp_path, "--out", tmp_path / "out")
+    assert code == 2
+    assert f"{tmp_path}: transformers cannot load" in errors and "Remedy: " in errors
+
+
+def test_batch_tokens_counts_padding() -> None:
+    documents = [{"input_ids": [0] * length} for length in (3, 5, 2, 2, 7)]
+    assert batch_tokens(documents, 2) == ([8, 4, 7], [10, 4, 7])
