@@ -53,7 +53,8 @@ def fastft_inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str |
 
 @hookspec
 def fastft_inject_router(run: Run, experts_fn: Callable[..., Any]) -> str | None:
-    """Make the run's mixture-of-experts modules call ``experts_fn(module, hidden_TH, top_k_index_TK, top_k_weights_TK)``.
+    """Make the run's mixture-of-experts modules call ``experts_fn``.
 
-    Return what you changed in a few words, or None; raise `Declined` with the reason if it cannot be done here.
+    Its arguments are ``(module, hidden_TH, top_k_index_TK, top_k_weights_TK)``. Return what you changed in a few
+    words, or None; raise `Declined` with the reason if it cannot be done here.
     """

@@ -1,7 +1,7 @@
 """Every change made to somebody else's object, and its undo.
 
-Changes are undone in reverse order. An attribute that somebody else replaced in the meantime is left as it is and noted:
-putting the old value back would throw their change away.
+Changes are undone in reverse order. An attribute that somebody else replaced in the meantime is left as it is and
+noted: putting the old value back would throw their change away.
 """
 
 from __future__ import annotations

@@ -169,8 +169,8 @@ def find_target(target: Any) -> Target:
     if isinstance(target, nn.Module):
         return Target(target)
     raise FastFTConfigError(
-        f"target: {type(target).__module__}.{type(target).__name__} is not supported; allowed: a transformers or TRL "
-        "Trainer, a Lightning Trainer, an nn.Module, or a trainer that an installed plugin matches (see `fastft plugins`)"
+        f"target: {type(target).__module__}.{type(target).__name__} is not supported; allowed: a transformers or "
+        "TRL Trainer, an nn.Module, or a trainer that an installed plugin matches (see `fastft plugins`)"
     )
 
 
@@ -178,7 +178,8 @@ class apply:
     """``with apply(target, config) as run:`` trains faster inside the block and restores everything at its end.
 
     Args:
-        target: a Hugging Face or TRL `Trainer`, a Lightning `Trainer`, or an `nn.Module` trained in a loop of your own.
+        target: a Hugging Face or TRL `Trainer`, an `nn.Module` trained in a loop of your own, or whatever trainer an
+            installed plugin matches.
         config: a `FastFTConfig` or a dict of its fields.
 
     A block inside another one on the same model joins the outer run.

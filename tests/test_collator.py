@@ -192,7 +192,7 @@ def test_several_packed_rows_become_one():
     assert row["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2]]
 
 
-def test_rows_of_packing_again_change_nothing():
+def test_a_row_that_has_its_metadata_is_left_alone():
     once = pack(RIGHT)
     assert PaddingFreeCollator(as_it_is)(once) is once
 

@@ -83,12 +83,11 @@ def stock_eager_with_sinks(window):
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_attention_is_as_accurate_as_stock(dtype, window, with_sinks):
     metadata, inputs = PackedMetadata.from_lengths(LENGTHS).to("cuda"), attention_inputs(dtype)
-    if not with_sinks:
-        ours = lambda q, k, v, sinks: packed_attention(q, k, v, metadata, window=window)
-        stock = stock_sdpa(window)
-    else:
-        ours = lambda q, k, v, sinks: packed_attention(q, k, v, metadata, window=window, sinks=sinks)
-        stock = stock_eager_with_sinks(window)
+    stock = stock_eager_with_sinks(window) if with_sinks else stock_sdpa(window)
+
+    def ours(q, k, v, sinks):
+        return packed_attention(q, k, v, metadata, window=window, sinks=sinks if with_sinks else None)
+
     truth = output_and_gradients(
         lambda q, k, v, sinks: reference_attention(
             q, k, v, None, LENGTHS, max(LENGTHS), WIDTH**-0.5, window, None, sinks if with_sinks else None
@@ -107,7 +106,10 @@ def test_rows_split_for_32_bit_indices_change_nothing(monkeypatch):
     from fastft_plugins.kernels import attention_flash
 
     metadata, inputs = PackedMetadata.from_lengths(LENGTHS).to("cuda"), attention_inputs(torch.bfloat16)
-    function = lambda q, k, v, sinks: packed_attention(q, k, v, metadata, sinks=sinks)
+
+    def function(q, k, v, sinks):
+        return packed_attention(q, k, v, metadata, sinks=sinks)
+
     whole = output_and_gradients(function, inputs)
     monkeypatch.setattr(attention_flash, "_INT32_LIMIT", (1153 + 128 + 140) * HEADS * WIDTH)
     assert len(attention_flash.split_documents(LENGTHS, HEADS, WIDTH)) > 1

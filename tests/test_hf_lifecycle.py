@@ -260,8 +260,8 @@ def test_models_that_packing_cannot_serve_decline_with_the_reason(change, reason
 
 def test_other_families_decline_with_the_reason():
     config = transformers.Gemma2Config(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        vocab_size=50,
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, vocab_size=50,
     )  # fmt: skip
     with apply(transformers.Gemma2ForCausalLM(config)) as run:
         pass
@@ -320,7 +320,7 @@ def test_a_batch_changed_after_the_collator_never_meets_stale_metadata(mutate):
 
 
 def test_persistent_workers_of_a_loader_that_is_used_twice(tmp_path):
-    """A trainer that keeps one loader with live workers: the workers must take the new collator, and the old one after."""
+    """A trainer that keeps one loader with live workers: they must take the new collator, and the old one after."""
 
     class KeepsItsLoader(Trainer):
         def get_train_dataloader(self):
@@ -330,8 +330,8 @@ def test_persistent_workers_of_a_loader_that_is_used_twice(tmp_path):
 
     callback = FastFTCallback()
     trainer = make_trainer(
-        tmp_path, tiny_model(), trainer_class=KeepsItsLoader, dataloader_num_workers=1, dataloader_persistent_workers=True,
-        max_steps=14,
+        tmp_path, tiny_model(), trainer_class=KeepsItsLoader, dataloader_num_workers=1,
+        dataloader_persistent_workers=True, max_steps=14,
     )  # fmt: skip
     trainer.train()
     trainer.add_callback(callback)

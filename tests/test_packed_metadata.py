@@ -103,7 +103,9 @@ def test_pickling_keeps_everything():
 
 
 def test_dataloader_workers_send_it():
-    loader = torch.utils.data.DataLoader([[3, 2], [1]], batch_size=None, collate_fn=PackedMetadata.from_lengths, num_workers=1)
+    loader = torch.utils.data.DataLoader(
+        [[3, 2], [1]], batch_size=None, collate_fn=PackedMetadata.from_lengths, num_workers=1
+    )
     for metadata, lengths in zip(loader, ([3, 2], [1]), strict=True):
         assert_same(metadata, PackedMetadata.from_lengths(lengths))
 

@@ -36,7 +36,7 @@ def flash_attention(
     _, heads, head_dim = q_THD.shape
     if sinks_H is not None:
         sinks_H = sinks_H.float()  # so that the gradients of several launches add up in fp32
-    outputs = []
+    outputs: list[Tensor] = []
     for first, last in split_documents(lengths, heads, head_dim):
         if (first, last) == (0, len(lengths)):
             rows, cu, longest = slice(None), cu_seqlens, max_seqlen
@@ -44,7 +44,8 @@ def flash_attention(
             start = sum(lengths[:first])
             rows = slice(start, start + sum(lengths[first:last]))
             cu, longest = cu_seqlens[first : last + 1] - start, max(lengths[first:last])
-        outputs.append(_FlashVarlen.apply(q_THD[rows], k_TGD[rows], v_TGD[rows], cu, longest, scale, window, sinks_H))
+        part = (q_THD[rows], k_TGD[rows], v_TGD[rows], cu, longest, scale, window, sinks_H)
+        outputs.append(_FlashVarlen.apply(*part))  # type: ignore[no-untyped-call]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -85,6 +86,8 @@ class _FlashVarlen(torch.autograd.Function):
         sinks_H: Tensor | None,
     ) -> Tensor:
         left = -1 if window is None else window - 1
+        out_THD: Tensor
+        lse_HT: Tensor
         out_THD, lse_HT, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
             q_THD,
             k_TGD,
@@ -109,7 +112,7 @@ class _FlashVarlen(torch.autograd.Function):
         return out_THD
 
     @staticmethod
-    def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_seqlens, rng_state, unused, sinks_H = ctx.saved_tensors
         dq_THD, dk_TGD, dv_TGD = torch.ops.aten._flash_attention_backward(
             dout_THD.contiguous(),

@@ -24,7 +24,7 @@ def reference_attention(
     softcap: float | None,
     sinks_H: Tensor | None,
 ) -> Tensor:
-    """See `fastft_plugins.packing.packed_attention`. Scores and softmax are computed in fp32, or fp64 for fp64 input."""
+    """See `fastft_plugins.packing.packed_attention`. Scores and softmax are in fp32, or in fp64 for fp64 input."""
     documents = zip(q_THD.split(lengths), k_TGD.split(lengths), v_TGD.split(lengths), strict=True)
     return torch.cat([_document(q, k, v, scale, window, softcap, sinks_H) for q, k, v in documents])
 

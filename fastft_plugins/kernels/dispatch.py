@@ -65,7 +65,7 @@ def _decide(op: str, call: Hashable) -> Choice:
             logger.warning("fastft: plugin '%s' failed to offer kernels for %s: %s", plugin, op, result)
         else:
             kernels.extend(result)
-    rejected = []
+    rejected: list[str] = []
     for kernel in sorted(kernels, key=lambda kernel: kernel.rank):
         reason = kernel.rejects(call)
         if reason is None:

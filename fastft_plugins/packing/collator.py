@@ -5,7 +5,7 @@ Shape suffixes: B rows, S padded length, T real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -40,14 +40,12 @@ class PaddingFreeCollator:
 
     def __call__(self, features: Any) -> Any:
         batch = self.inner(features)
-        if not isinstance(batch, Mapping) or METADATA_KEY in batch:
+        if not isinstance(batch, MutableMapping) or METADATA_KEY in batch:
             return batch
         try:
             return _pack(batch)
         except _Keep as reason:
-            batch = batch if isinstance(batch, dict) else type(batch)(batch)  # type: ignore[call-arg]
-            ids = batch.get("input_ids")
-            batch[METADATA_KEY] = NotPacked(str(reason), ids.numel() if isinstance(ids, Tensor) else 0)
+            batch[METADATA_KEY] = NotPacked(str(reason))
             return batch
 
 

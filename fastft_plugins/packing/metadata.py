@@ -88,7 +88,6 @@ class NotPacked:
     """Travels in place of the metadata with a batch that stays as the collator made it, and says why."""
 
     reason: str
-    tokens: int = 0
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> NotPacked:
         return self

@@ -1,8 +1,8 @@
 """Packed attention inside a stock transformers model.
 
-Two seams, both on instances. A forward pre-hook on the decoder gives a packed batch a 4-D mask of size zero: masking then
-returns it as it is, before it would look for packed sequences (which waits for the GPU) or build a T×T mask. And every
-attention module gets a copy of its config that names the attention function registered here; it serves packed
+Two seams, both on instances. A forward pre-hook on the decoder gives a packed batch a 4-D mask of size zero: masking
+then returns it as it is, before it would look for packed sequences (which waits for the GPU) or build a T×T mask. And
+every attention module gets a copy of its config that names the attention function registered here; it serves packed
 batches, found by the metadata among the keyword arguments, and hands all others to the model's own function.
 The metadata travels with the call, so a checkpointed layer finds it again when it is recomputed.
 """
@@ -32,7 +32,7 @@ _ATTENTION_NAME = "fastft"  # without "flash": transformers treats such names as
 
 
 def find_causal_lm(model: nn.Module) -> PreTrainedModel | None:
-    """The one causal language model of transformers inside ``model`` (itself, or below PEFT's or the user's wrapper)."""
+    """The one causal language model of transformers in ``model``: itself, or below PEFT's or the user's wrapper."""
     found = [module for module in model.modules() if _is_causal_lm(module)]
     return found[0] if len(found) == 1 else None
 
@@ -168,7 +168,8 @@ def _attention_forward(
 
 def _stock(module: nn.Module) -> Callable[..., Any]:
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    name = module.config._fastft_stock_config._attn_implementation
+    config: Any = module.config
+    name = config._fastft_stock_config._attn_implementation
     function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return function
 

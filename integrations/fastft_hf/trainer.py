@@ -18,7 +18,7 @@ from fastft_plugins.run import Run
 _LOSS_METHODS = ("compute_loss", "training_step", "_get_num_items_in_batch")
 _STOCK_MODULES = ("transformers.trainer", "transformers.trainer_seq2seq", "trl.trainer.sft_trainer")
 
-# Everything the Trainer runs between on_train_begin and the end of train(). An exception inside one of them ends the run.
+# What the Trainer runs between on_train_begin and the end of train(); an exception inside one of them ends the run.
 _GUARDED = ("_run_epoch", "_evaluate", "_finalize_training")
 
 
@@ -101,7 +101,7 @@ def _wrap(run: Run, train_dataloader: Any, wrap_collator: Callable[[Any], Any]) 
     loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
     if type(train_dataloader).__name__ == "DataLoaderDispatcher":
         raise Declined("the dataloader dispatches slices of one batch to all processes; set dispatch_batches=False")
-    if not isinstance(loader, DataLoader) or loader.batch_size is None and loader.batch_sampler is None:
+    if not isinstance(loader, DataLoader) or (loader.batch_size is None and loader.batch_sampler is None):
         raise Declined(f"{type(loader).__name__} is not a torch DataLoader with a collator")
     if isinstance(loader.collate_fn, type(wrap_collator(None))):
         return  # already wrapped, or the user's own padding-free collator
