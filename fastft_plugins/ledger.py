@@ -35,7 +35,7 @@ class Ledger:
         self._undo.append((what, undo))
 
     def setattr(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute of one instance to an object that can be weakly referenced (a function, a module, ...).
+        """Set an attribute of one instance to an object that can be weakly referenced (a function, a collator, a config).
 
         The undo deletes the attribute if the instance itself had none before.
         """
@@ -48,7 +48,7 @@ class Ledger:
             owner = owner_ref()
             if owner is None:
                 return
-            if vars(owner).get(name, _MISSING) is not value_ref():
+            if value_ref() is None or vars(owner).get(name, _MISSING) is not value_ref():
                 self.notes.append(f"{what} was changed by someone else during the run and is left as it is")
             elif before is _MISSING:
                 delattr(owner, name)

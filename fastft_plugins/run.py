@@ -15,7 +15,7 @@ from fastft_plugins.config import FEATURES, FastFTConfig
 from fastft_plugins.errors import Declined, FastFTConfigError, FastFTError
 from fastft_plugins.ledger import Ledger
 from fastft_plugins.manager import get_plugin_manager
-from fastft_plugins.report import Report
+from fastft_plugins.report import FeatureReport, Report
 
 logger = logging.getLogger("fastft")
 
@@ -34,7 +34,7 @@ class Target:
 
 
 class Feature(Protocol):
-    """One optimisation. ``name`` is a field of `FastFTConfig`."""
+    """One optimisation. ``name`` is a field of `FastFTConfig`; a plugin's own feature has no field, and is "auto"."""
 
     name: str
 
@@ -84,7 +84,10 @@ class Run:
         if not self.active:
             return
         for feature in self._features:
-            feature.stop(self)
+            try:
+                feature.stop(self)
+            except Exception as problem:  # only the report suffers; everything must still be restored
+                self.report.notes.append(f"{feature.name} failed to finish its report: {problem}")
         self._features.clear()
         self.ledger.close()
         self.report.notes.extend(self.ledger.notes)
@@ -122,11 +125,11 @@ class Run:
                 self.report.notes.append(f"plugin '{plugin}' failed to offer features: {result}")
             else:
                 offered.update({feature.name: feature for feature in result})
-        for name in FEATURES:
+        for name in dict.fromkeys((*FEATURES, *offered)):
             self._start_feature(name, offered.get(name))
 
     def _start_feature(self, name: str, feature: Feature | None) -> None:
-        entry, mode = self.report.features[name], self.config.mode(name)
+        entry, mode = self.report.features.setdefault(name, FeatureReport(name)), self._mode(name)
         if mode == "off":
             entry.reason = "switched off in the config"
             return
@@ -134,7 +137,12 @@ class Run:
             if feature is None:
                 raise Declined("not part of this version")
             with self.ledger.all_or_nothing():
-                entry.reason = feature.start(self)
+                try:
+                    entry.reason = feature.start(self)
+                except FastFTError:
+                    raise
+                except Exception as problem:
+                    raise Declined(f"failed to start: {type(problem).__name__}: {problem}") from problem
         except Declined as declined:
             entry.reason = str(declined)
             if feature is not None or mode == "on":
@@ -143,9 +151,12 @@ class Run:
         entry.enabled = True
         self._features.append(feature)
 
+    def _mode(self, name: str) -> str:
+        return self.config.mode(name) if name in FEATURES else "auto"  # a plugin's own feature has no setting
+
     def _refuse(self, name: str, declined: Declined) -> None:
-        if self.config.mode(name) == "on" or self.config.strict:
-            asked = f"{name}='on'" if self.config.mode(name) == "on" else "strict=True"
+        if self._mode(name) == "on" or self.config.strict:
+            asked = f"{name}='on'" if self._mode(name) == "on" else "strict=True"
             raise FastFTError(f"{asked}, but {name} cannot be on here: {declined}") from declined
         logger.warning("fastft: %s stays off, training is stock there: %s", name, declined)
 

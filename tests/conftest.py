@@ -1,4 +1,4 @@
-"""What every test shares: two CPU threads, fixed seeds, no leaked environment variables, GPU tests only with a GPU."""
+"""What every test shares: one CPU thread, fixed seeds, no leaked environment variables, GPU tests only with a GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SET_BY_FRAMEWORKS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny models gain nothing from more, and threads that wait for each other cost much
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -237,11 +237,6 @@ def test_what_is_no_batch_is_returned_untouched(result):
     assert PaddingFreeCollator(as_it_is)(result) is result
 
 
-def test_tokens_of_a_batch_that_passes_are_counted():
-    batch = tensors({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 1, 1]]})
-    assert PaddingFreeCollator(as_it_is)(batch)[METADATA_KEY].tokens == 3
-
-
 # Collators people use
 
 

@@ -146,7 +146,7 @@ def test_attention_implementations(tmp_path, implementation):
 
 def test_peft_model(tmp_path):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules="all-linear", r=4, lora_alpha=64))
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules="all-linear", r=4, lora_alpha=8))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide a wrong gradient of lora_A
             torch.nn.init.normal_(parameter, std=0.1)

@@ -65,7 +65,7 @@ def demo(
     batch_size: Annotated[int, typer.Option(help="Documents a step.")] = 8,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Longest document, in tokens.", show_default="512, with a GPU 1024"),
+        typer.Option(help="Longest document, in tokens.", show_default="384, with a GPU 1024"),
     ] = None,
     trainable: Annotated[str, typer.Option(help="lora or full: which weights are trained.")] = "lora",
     out: Annotated[Path, typer.Option(help="Folder for report.json and plot.png.")] = Path("fastft-demo"),

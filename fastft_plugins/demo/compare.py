@@ -38,8 +38,8 @@ class DemoSettings:
             raise FastFTConfigError(f"trainable={self.trainable!r} is not allowed; allowed: 'lora', 'full'")
 
     def resolved(self) -> tuple[int, int]:
-        """Return steps and max_length. On two CPU cores a stock step takes most of a minute."""
-        steps, max_length = (40, 1024) if torch.cuda.is_available() else (3, 512)
+        """Return steps and max_length. On two CPU cores a stock step takes half a minute or more."""
+        steps, max_length = (40, 1024) if torch.cuda.is_available() else (3, 384)
         return self.steps or steps, self.max_length or max_length
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastft_plugins.errors import FastFTError
-from fastft_plugins.manager import get_plugin_manager
+from fastft_plugins.manager import PluginManager, get_plugin_manager
 
 logger = logging.getLogger("fastft")
 
@@ -40,13 +40,13 @@ class Choice:
         return self.kernel.name + (f" ({'; '.join(self.rejected)})" if self.rejected else "")
 
 
-_choices: dict[tuple[str, Hashable, int, int], Choice] = {}
+_choices: dict[tuple[str, Hashable, PluginManager, int], Choice] = {}
 
 
 def choose(op: str, call: Hashable) -> Choice:
     """The best kernel for ``call``; remembered, so that a layer pays for one dictionary lookup."""
     manager = get_plugin_manager()
-    key = (op, call, id(manager), manager.generation)
+    key = (op, call, manager, manager.generation)
     if key not in _choices:
         _choices[key] = _decide(op, call)
         logger.debug("fastft: %s runs on %s", op, _choices[key])
@@ -54,8 +54,13 @@ def choose(op: str, call: Hashable) -> Choice:
 
 
 def choices(op: str) -> list[str]:
-    """What was chosen for ``op`` in this process so far, in words."""
+    """What was chosen for ``op`` since the last `forget`, in words."""
     return sorted({str(choice) for (name, *_), choice in _choices.items() if name == op})
+
+
+def forget() -> None:
+    """Decide again from here on; a run that starts calls this, so that its report names its own choices."""
+    _choices.clear()
 
 
 def _decide(op: str, call: Hashable) -> Choice:
@@ -67,7 +72,10 @@ def _decide(op: str, call: Hashable) -> Choice:
             kernels.extend(result)
     rejected: list[str] = []
     for kernel in sorted(kernels, key=lambda kernel: kernel.rank):
-        reason = kernel.rejects(call)
+        try:
+            reason = kernel.rejects(call)
+        except Exception as error:
+            reason = f"its own test failed: {type(error).__name__}: {error}"
         if reason is None:
             return Choice(kernel, tuple(rejected))
         rejected.append(f"not {kernel.name}: {reason}")

@@ -5,6 +5,7 @@ Shape suffixes: B rows, S padded length, T real tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -45,6 +46,7 @@ class PaddingFreeCollator:
         try:
             return _pack(batch)
         except _Keep as reason:
+            batch = copy.copy(batch)  # it may be the user's own object, used again
             batch[METADATA_KEY] = NotPacked(str(reason))
             return batch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastft_plugins.kernels.dispatch import choices
+from fastft_plugins.kernels.dispatch import choices, forget
 from fastft_plugins.packing.collator import PaddingFreeCollator
 from fastft_plugins.packing.metadata import NotPacked, PackedMetadata
 
@@ -20,6 +20,7 @@ class PackingFeature:
 
     def start(self, run: Run) -> str:
         """See `fastft_plugins.run.Feature`."""
+        forget()
         changes = run.call("fastft_inject_metadata", wrap_collator=PaddingFreeCollator)
         run.report.features[self.name].changes.extend(changes)
         return "batches are packed without padding, loss and gradients stay those of the padded run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -37,8 +38,8 @@ class PackedMetadata:
     def from_lengths(
         cls, lengths: Sequence[int], *, padded_tokens: int | None = None, dropped_labels: int = 0
     ) -> PackedMetadata:
-        """Raises ValueError if there is no document, or one without tokens."""
-        lengths = tuple(int(length) for length in lengths)
+        """Raises ValueError if there is no document or one without tokens, TypeError if a length is no integer."""
+        lengths = tuple(operator.index(length) for length in lengths)
         if not lengths:
             raise ValueError("lengths: is empty; a packed row needs at least one document")
         if min(lengths) < 1:
