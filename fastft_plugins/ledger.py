@@ -35,7 +35,7 @@ class Ledger:
         self._undo.append((what, undo))
 
     def setattr(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute of one instance to an object that can be weakly referenced (a function, a collator, a config).
+        """Set an attribute of one instance to an object that can be weakly referenced: a function, a config.
 
         The undo deletes the attribute if the instance itself had none before.
         """

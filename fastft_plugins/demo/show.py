@@ -111,7 +111,7 @@ def _plot(result: dict[str, Any], file: Path) -> None:
     for (label, color), run, style in zip(colors.items(), (stock, fastft), ("o-", "x--"), strict=True):
         losses.plot(steps, run["losses"], style, label=label, color=color)
         times.plot(steps, run["step_seconds"], "o-", label=label, color=color)
-    losses.set(title="loss: the two lie on each other", xlabel="step", ylabel="loss")
+    losses.set(title="loss of each step", xlabel="step", ylabel="loss")
     times.set(title="time of each step", xlabel="step", ylabel="seconds", ylim=(0, None))
     rates = [run["real_tokens_per_second"] for run in (stock, fastft)]
     bars = speed.bar(list(colors), rates, color=list(colors.values()), width=0.6)
