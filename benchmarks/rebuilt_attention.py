@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,11 +16,15 @@ from fastft_plugins.packing import PackedMetadata, packed_attention
 NAME = "varlen_rebuilt"
 
 
-def use_rebuilt_attention(model: torch.nn.Module) -> None:
+@contextlib.contextmanager
+def rebuilt_attention(model: torch.nn.Module) -> Iterator[None]:
     """Switch the model to it. It has no mask function, so masking ends early and waits for nothing, as in ours."""
     AttentionInterface.register(NAME, _rebuilt_attention)
     stock = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    before = stock.config._attn_implementation
     stock.set_attn_implementation(NAME)
+    yield
+    stock.set_attn_implementation(before)
 
 
 def _rebuilt_attention(

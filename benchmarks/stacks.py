@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,11 +57,11 @@ def _fastft_packed(settings: Settings) -> dict[str, Any]:
 @stack("varlen-rebuilt")
 def _varlen_rebuilt(settings: Settings) -> dict[str, Any]:
     """forward + backward: our attention, its metadata rebuilt from position_ids in every layer"""
-    from benchmarks.rebuilt_attention import use_rebuilt_attention
+    from benchmarks.rebuilt_attention import rebuilt_attention
 
     model = _bare_model(settings)
-    use_rebuilt_attention(model)
-    return measure_model(settings, model, DataCollatorWithFlattening())
+    with rebuilt_attention(model):
+        return measure_model(settings, model, DataCollatorWithFlattening())
 
 
 @stack("fastft-model")
@@ -76,6 +77,7 @@ def _fastft_model(settings: Settings) -> dict[str, Any]:
     return {**result, "report": run.report.to_dict()}
 
 
+@functools.cache  # in one process, the stacks take turns on one model
 def _bare_model(settings: Settings) -> Any:
     model = build_model(settings)
     if settings.checkpointing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.documents import describe
 from benchmarks.environment import describe_environment
@@ -14,11 +15,14 @@ from benchmarks.stacks import STACKS
 
 
 def main(stack: str, settings_file: str, result_file: str) -> None:
-    settings = Settings(**json.loads(Path(settings_file).read_text()))
+    Path(result_file).write_text(json.dumps(measure(stack, Settings(**json.loads(Path(settings_file).read_text())))))
+
+
+def measure(stack: str, settings: Settings) -> dict[str, Any]:
     result = STACKS[stack](settings)
     result["documents_digest"] = describe(steps_of(settings))["digest"]
     result["environment"] = describe_environment(settings.torch_device())
-    Path(result_file).write_text(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":

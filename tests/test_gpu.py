@@ -218,3 +218,25 @@ def test_gradients_are_as_accurate_as_the_padded_stock_run(family):
     assert abs(ours_loss - true_loss) <= abs(stock_loss - true_loss) + 2e-3 * true_loss
     for mine, theirs, true in zip(ours, stock, truth, strict=True):
         assert relative_error(mine, true) <= 1.1 * relative_error(theirs, true) + 1e-3
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_what_the_flash_kernel_cannot_do_runs_document_by_document_without_a_sync(window):
+    """fp32 has no flash kernel: SDPA per document serves it, from lengths that the host knows."""
+    metadata, inputs = PackedMetadata.from_lengths(LENGTHS).to("cuda"), attention_inputs(torch.float32)
+
+    def function(q, k, v, sinks):
+        return packed_attention(q, k, v, metadata, window=window)
+
+    output_and_gradients(function, inputs)  # warm-up
+    with host_syncs_are_errors():
+        got = output_and_gradients(function, inputs)
+    truth = output_and_gradients(
+        lambda q, k, v, sinks: reference_attention(
+            q, k, v, None, LENGTHS, max(LENGTHS), WIDTH**-0.5, window, None, None
+        ),
+        inputs,
+        torch.float64,
+    )
+    for name, tensor in truth.items():
+        assert relative_error(got[name], tensor) < 1e-5, name
