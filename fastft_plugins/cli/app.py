@@ -60,7 +60,7 @@ def demo(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Training steps.", show_default="3, with a GPU 40"),
+        typer.Option(help="Training steps.", show_default="5, with a GPU 40"),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Documents a step.")] = 8,
     max_length: Annotated[

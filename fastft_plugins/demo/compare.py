@@ -39,7 +39,7 @@ class DemoSettings:
 
     def resolved(self) -> tuple[int, int]:
         """Return steps and max_length. On two CPU cores a stock step takes half a minute or more."""
-        steps, max_length = (40, 1024) if torch.cuda.is_available() else (3, 384)
+        steps, max_length = (40, 1024) if torch.cuda.is_available() else (5, 384)
         return self.steps or steps, self.max_length or max_length
 
 
