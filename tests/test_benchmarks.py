@@ -45,7 +45,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_smoke_run_records_everything_a_reader_needs(result: dict[str, Any]) -> None:
     assert set(result) == {
-        "schema", "date", "commit", "command", "one_process", "settings", "documents", "environment", "runs", "summary", "ratios",
+        "schema", "date", "commit", "command", "one_process", "settings", "documents", "environment", "runs", "summary",
+        "ratios",
     }  # fmt: skip
     assert result["schema"] == cli.SCHEMA
     assert result["settings"]["shape"] == "tiny-llama"
