@@ -191,8 +191,9 @@ class TestOwnAdapters:
         self.write_package(tmp_path, "fastft_second")
         install("first", module="fastft_first.plugin")
         install("a_third_party")
-        sources = [(status.name, status.source) for status in plugin_manager.statuses]
-        assert sources == [
+        # Where this project is installed, its real adapters are third parties to the two written here.
+        statuses = [status for status in plugin_manager.statuses if status.source != "fastft-plugins"]
+        assert [(status.name, status.source) for status in statuses] == [
             ("built-in", "built-in"),
             ("first", "first-distribution"),
             ("second", "source tree"),
