@@ -240,3 +240,13 @@ def test_what_the_flash_kernel_cannot_do_runs_document_by_document_without_a_syn
     )
     for name, tensor in truth.items():
         assert relative_error(got[name], tensor) < 1e-5, name
+
+
+def test_a_loop_that_moves_tensors_alone_trains_packed():
+    """``{name: value.to(device) if it is a tensor}`` leaves the metadata on the host; the run moves it."""
+    model, batch = small_model("llama"), PaddingFreeCollator(lambda batch: batch)(padded_batch())
+    whole = {name: value.to("cuda") if hasattr(value, "to") else value for name, value in batch.items()}
+    tensors = {name: value.to("cuda") if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    with apply(model), host_syncs_are_errors():
+        expected, got = model(**whole).logits, model(**tensors).logits
+    assert torch.equal(expected, got)

@@ -30,6 +30,11 @@ class PackingFeature:
         entry = run.report.features[self.name]
         if entry.metrics.get("packed_batches"):
             entry.changes.extend(f"attention kernel: {choice}" for choice in choices("attention"))
+        dropped = int(entry.metrics.get("dropped_labels", 0))
+        if dropped:
+            entry.changes.append(
+                f"{dropped:,} first labels of left-padded rows, which stock trains from padding, dropped"
+            )
 
 
 def count_batch(entry: FeatureReport, metadata: PackedMetadata | NotPacked) -> None:

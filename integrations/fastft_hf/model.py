@@ -102,8 +102,11 @@ def _make_hook(run: Run) -> Callable[..., Any]:
             return None
         kwargs = dict(kwargs)
         if isinstance(metadata, PackedMetadata):
-            reason = _why_stale(metadata, args, kwargs)
+            inputs = _inputs(args, kwargs)
+            reason = _why_stale(metadata, inputs, kwargs)
             if reason is None:
+                if metadata.cu_seqlens.device != inputs.device:  # loops that move tensors alone leave it behind
+                    kwargs[METADATA_KEY] = metadata = metadata.to(inputs.device, non_blocking=True)
                 if decoder.training:
                     count_batch(run.report.features["packing"], metadata)
                 # 4-D, so masking returns it untouched; of size zero, so a stock attention function would fail on it
@@ -120,10 +123,14 @@ def _make_hook(run: Run) -> Callable[..., Any]:
     return give_metadata
 
 
-def _why_stale(metadata: PackedMetadata, args: Any, kwargs: dict[str, Any]) -> str | None:
+def _inputs(args: Any, kwargs: dict[str, Any]) -> Any:
+    """The decoder's ``[B, T]`` input_ids or ``[B, T, hidden]`` inputs_embeds."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return kwargs.get("inputs_embeds") if ids is None else ids
+
+
+def _why_stale(metadata: PackedMetadata, inputs: Any, kwargs: dict[str, Any]) -> str | None:
     """The reason if the batch is no longer the one the metadata was made for. Never waits for a GPU."""
-    inputs = kwargs.get("input_ids", args[0] if args else None)
-    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     if inputs is None or tuple(inputs.shape[:2]) != (1, metadata.total_tokens):
         return "the batch changed shape after the collator"
     if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
