@@ -16,3 +16,7 @@ class Declined(FastFTError):
 
     Under ``"auto"`` the stock path is kept; under ``"on"`` or ``strict=True`` the run raises `FastFTError`.
     """
+
+
+class NothingToWin(Declined):
+    """A feature has nothing to serve or to gain in this run, which is no shortcoming: no warning, not even strict."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from fastft_plugins.config import FEATURES, FastFTConfig
-from fastft_plugins.errors import Declined, FastFTConfigError, FastFTError
+from fastft_plugins.errors import Declined, FastFTConfigError, FastFTError, NothingToWin
 from fastft_plugins.ledger import Ledger
 from fastft_plugins.manager import get_plugin_manager
 from fastft_plugins.report import FeatureReport, Report
@@ -155,6 +155,9 @@ class Run:
         return self.config.mode(name) if name in FEATURES else "auto"  # a plugin's own feature has no setting
 
     def _refuse(self, name: str, declined: Declined) -> None:
+        if isinstance(declined, NothingToWin) and self._mode(name) != "on":
+            logger.debug("fastft: %s stays off: %s", name, declined)
+            return
         if self._mode(name) == "on" or self.config.strict:
             asked = f"{name}='on'" if self._mode(name) == "on" else "strict=True"
             raise FastFTError(f"{asked}, but {name} cannot be on here: {declined}") from declined

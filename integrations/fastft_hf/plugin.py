@@ -39,3 +39,12 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[[Any], Any]) -> str
     if isinstance(run.target.trainer, Trainer):
         changes.append(trainer.inject_collator(run, wrap_collator))
     return "; ".join(changes)
+
+
+@hookimpl
+def fastft_inject_router(run: Run, experts_fn: Callable[..., Any]) -> str | None:
+    if "transformers" not in sys.modules:
+        return None
+    from fastft_hf import experts
+
+    return experts.inject_experts(run, experts_fn)

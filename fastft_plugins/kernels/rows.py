@@ -1,0 +1,123 @@
+"""Rows between token order and expert order: the gather, the weighted sum that takes them back, and sums by expert.
+
+Shape suffixes: T tokens, K experts of a token, S = T·K routed rows, X rows of a source, E experts, H or N row width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastft_plugins.kernels.dispatch import Kernel, choose
+from fastft_plugins.kernels.triton_support import TensorCall, triton_kernel, triton_rejects
+
+
+class Rows:
+    """Rows in expert order. Kernels that can, read them through the index; for the others they are gathered, once.
+
+    Attributes:
+        source_XH: the rows.
+        index_S: int32, the row of ``source_XH`` at each place of the order; None if they lie in order already.
+    """
+
+    def __init__(self, source_XH: Tensor, index_S: Tensor | None = None) -> None:
+        self.source_XH = source_XH
+        self.index_S = index_S
+        self._gathered_SH: Tensor | None = None
+
+    def gathered(self) -> Tensor:
+        """The rows ``[S, H]`` in order."""
+        if self.index_S is None:
+            return self.source_XH
+        if self._gathered_SH is None:
+            self._gathered_SH = gather_rows(self.source_XH, self.index_S)
+        return self._gathered_SH
+
+
+def gather_rows(source_XH: Tensor, index_S: Tensor) -> Tensor:
+    """``source[index]``, contiguous ``[S, H]``."""
+    call = TensorCall(source_XH.device, source_XH.dtype)
+    out_SH: Tensor = choose("gather_rows", call).kernel.run(source_XH, index_S)
+    return out_SH
+
+
+def combine_rows(
+    rows_SH: Tensor,
+    inverse_TK: Tensor,
+    offsets_E: Tensor,
+    weights_TK: Tensor | None = None,
+    bias_EH: Tensor | None = None,
+    ids_TK: Tensor | None = None,
+) -> Tensor:
+    """Each token's sum over its rows of weight · (row + its expert's bias), in fp32, in the order of the experts k.
+
+    Rows at or beyond ``offsets_E[-1]`` belong to sentinels and may hold anything: they are not read.
+
+    Returns:
+        ``[T, H]`` in the dtype of the rows.
+    """
+    run = choose("combine_rows", TensorCall(rows_SH.device, rows_SH.dtype)).kernel.run
+    out_TH: Tensor = run(rows_SH, inverse_TK, offsets_E, weights_TK, bias_EH, ids_TK)
+    return out_TH
+
+
+def segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None = None) -> Tensor:
+    """The sum of each expert's rows, times ``weights_S`` if given: fp32 ``[E, N]`` (fp64 for fp64 rows)."""
+    run = choose("segment_sum", TensorCall(rows.source_XH.device, rows.source_XH.dtype)).kernel.run
+    out_EN: Tensor = run(rows, offsets_E, weights_S)
+    return out_EN
+
+
+def reference_gather_rows(source_XH: Tensor, index_S: Tensor) -> Tensor:
+    return source_XH.index_select(0, index_S)
+
+
+def reference_combine_rows(
+    rows_SH: Tensor,
+    inverse_TK: Tensor,
+    offsets_E: Tensor,
+    weights_TK: Tensor | None,
+    bias_EH: Tensor | None,
+    ids_TK: Tensor | None,
+) -> Tensor:
+    precise = _precise(rows_SH.dtype)
+    tokens, top_k = inverse_TK.shape
+    out_TH = torch.zeros((tokens, rows_SH.shape[1]), dtype=precise, device=rows_SH.device)
+    for k in range(top_k):
+        row_T = inverse_TK[:, k]
+        used_T1 = (row_T < offsets_E[-1])[:, None]
+        value_TH = rows_SH.index_select(0, row_T).to(precise)
+        if bias_EH is not None and ids_TK is not None:
+            value_TH += bias_EH.index_select(0, ids_TK[:, k].clamp(0, bias_EH.shape[0] - 1)).to(precise)
+        if weights_TK is not None:
+            value_TH *= weights_TK[:, k, None].to(precise)
+        out_TH += torch.where(used_T1, value_TH, 0.0)
+    return out_TH.to(rows_SH.dtype)
+
+
+def reference_segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None) -> Tensor:
+    rows_SN = rows.gathered().to(_precise(rows.source_XH.dtype))
+    if weights_S is not None:
+        rows_SN = rows_SN * weights_S[:, None].to(rows_SN.dtype)
+    place_S = torch.arange(rows_SN.shape[0], dtype=offsets_E.dtype, device=rows_SN.device)
+    segment_S = torch.searchsorted(offsets_E, place_S, right=True)  # the sentinels' rows: one segment too many
+    out_EN = rows_SN.new_zeros((offsets_E.numel() + 1, rows_SN.shape[1])).index_add_(0, segment_S, rows_SN)
+    return out_EN[:-1]
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+GATHER_KERNELS = (
+    Kernel("Triton", 0, triton_rejects, triton_kernel("rows", "gather_rows")),
+    Kernel("reference", 100, lambda call: None, reference_gather_rows),
+)
+COMBINE_KERNELS = (
+    Kernel("Triton", 0, triton_rejects, triton_kernel("rows", "combine_rows")),
+    Kernel("reference", 100, lambda call: None, reference_combine_rows),
+)
+SEGMENT_SUM_KERNELS = (
+    Kernel("Triton", 0, triton_rejects, triton_kernel("segment_sum", "segment_sum")),
+    Kernel("reference", 100, lambda call: None, reference_segment_sum),
+)

@@ -1,0 +1,165 @@
+"""Matrix products of sorted rows with their expert's weight, for cards where torch's grouped matmul is a loop.
+
+The rows may be read through an index, so that nobody gathers them first. Programs are as many as the worst distribution
+of rows over experts needs; each finds its expert from the offsets on the device, and the spare ones end at once.
+
+Shape suffixes: S sorted rows, E experts, K inner width, N outer width.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastft_plugins.kernels.rows import Rows
+from fastft_plugins.kernels.triton.segments import find_tile
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A tile of the result (``rows`` by ``columns``), the step along the inner width, and how it is scheduled."""
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+# (product of rows and weights, weight gradient), by compute capability. Shared memory is 227 KB on SM90 and SM100,
+# 163 KB on SM80, and 99 KB on SM86, SM89 and SM120.
+_LARGE = (Tiles(128, 256, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
+_MEDIUM = (Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 3))
+_SMALL = (Tiles(128, 128, 32, 8, 4), Tiles(128, 128, 32, 8, 4))
+
+
+def tiles_for(capability: tuple[int, int]) -> tuple[Tiles, Tiles]:
+    """The tiles of the product and of the weight gradient on a card of this compute capability."""
+    if capability[0] in (9, 10):
+        return _LARGE
+    return _MEDIUM if capability == (8, 0) else _SMALL
+
+
+@functools.cache
+def _tiles_on(device: torch.device) -> tuple[Tiles, Tiles]:
+    if device.type != "cuda":  # Triton's interpreter
+        return Tiles(16, 32, 16, 1, 1), Tiles(16, 32, 16, 1, 1)
+    return tiles_for(torch.cuda.get_device_capability(device))
+
+
+def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Tensor | None = None) -> Tensor:
+    """See `fastft_plugins.kernels.grouped_matmul.grouped_matmul`."""
+    rows_XK, index_S = rows.source_XH, rows.index_S
+    size = rows_XK.shape[0] if index_S is None else index_S.numel()
+    experts, inner, width = weight_EKN.shape
+    accumulate = out_SN is not None
+    if out_SN is None:
+        out_SN = torch.empty((size, width), dtype=rows_XK.dtype, device=rows_XK.device)
+    tiles = _tiles_on(rows_XK.device)[0]
+    if size and width:
+        columns, step = _fitting(tiles.columns, width), _fitting(tiles.inner, inner)
+        grid = (triton.cdiv(width, columns), triton.cdiv(size, tiles.rows) + experts)
+        _product[grid](
+            rows_XK, index_S, weight_EKN, out_SN, offsets_E, width, inner, experts,
+            rows_XK.stride(0), *weight_EKN.stride(), out_SN.stride(0),
+            INDEXED=index_S is not None, ACCUMULATE=accumulate, EXPERTS=triton.next_power_of_2(experts),
+            ROWS=tiles.rows, COLUMNS=columns, INNER=step, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+    return out_SN
+
+
+def grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
+    """See `fastft_plugins.kernels.grouped_matmul.grouped_weight_grad`."""
+    rows_XK, index_S, grad_XN, grad_index_S = rows.source_XH, rows.index_S, grads.source_XH, grads.index_S
+    inner, width, experts = rows_XK.shape[1], grad_XN.shape[1], offsets_E.numel()
+    out_EKN = torch.empty((experts, inner, width), dtype=rows_XK.dtype, device=rows_XK.device)
+    tiles = _tiles_on(rows_XK.device)[1]
+    if out_EKN.numel():
+        high, wide = _fitting(tiles.rows, inner), _fitting(tiles.columns, width)
+        grid = (triton.cdiv(inner, high) * triton.cdiv(width, wide), experts)
+        _weight_grad[grid](
+            rows_XK, index_S, grad_XN, grad_index_S, out_EKN, offsets_E, inner, width,
+            rows_XK.stride(0), grad_XN.stride(0), INDEXED=index_S is not None, GRAD_INDEXED=grad_index_S is not None,
+            HIGH=high, WIDE=wide, STEP=tiles.inner, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+    return out_EKN
+
+
+def _fitting(tile: int, width: int) -> int:
+    """A tile no wider than needed: ranks of LoRA are far narrower than a tile. The tensor cores take 16 at least."""
+    return min(tile, max(16, 1 << (width - 1).bit_length()))
+
+
+@triton.jit
+def _product(
+    rows_ptr, index_ptr, weight_ptr, out_ptr, offsets_ptr, width, inner, E,
+    stride_row, stride_expert, stride_inner, stride_width, stride_out,
+    INDEXED: tl.constexpr, ACCUMULATE: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = find_tile(offsets_ptr, E, tl.program_id(1), EXPERTS, ROWS)
+    if expert < 0:
+        return
+    row = first + tl.arange(0, ROWS)
+    real = row < end
+    source = row.to(tl.int64)
+    if INDEXED:
+        source = tl.load(index_ptr + row, mask=real, other=0).to(tl.int64)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    step = tl.arange(0, INNER)
+    a_ptrs = rows_ptr + source[:, None] * stride_row + step[None, :]
+    b_ptrs = weight_ptr + expert.to(tl.int64) * stride_expert
+    b_ptrs += step[:, None].to(tl.int64) * stride_inner + column[None, :].to(tl.int64) * stride_width
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, inner, INNER):
+        left = step < inner - k
+        a = tl.load(a_ptrs, mask=real[:, None] & left[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=left[:, None] & (column[None, :] < width), other=0.0)
+        total = tl.dot(a, b, total)
+        a_ptrs += INNER
+        b_ptrs += INNER * stride_inner
+    out_ptrs = out_ptr + row[:, None].to(tl.int64) * stride_out + column[None, :]
+    inside = real[:, None] & (column[None, :] < width)
+    if ACCUMULATE:
+        total += tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_grad(
+    rows_ptr, index_ptr, grad_ptr, grad_index_ptr, out_ptr, offsets_ptr, inner, width,
+    stride_row, stride_grad,
+    INDEXED: tl.constexpr, GRAD_INDEXED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    start = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets_ptr + expert)
+    wide_tiles = (width + WIDE - 1) // WIDE
+    high = tl.program_id(0) // wide_tiles * HIGH + tl.arange(0, HIGH)
+    wide = tl.program_id(0) % wide_tiles * WIDE + tl.arange(0, WIDE)
+    total = tl.zeros((HIGH, WIDE), tl.float32)
+    for first in range(start, end, STEP):
+        row = first + tl.arange(0, STEP)
+        real = row < end
+        source, grad_source = row.to(tl.int64), row.to(tl.int64)
+        if INDEXED:
+            source = tl.load(index_ptr + row, mask=real, other=0).to(tl.int64)
+        if GRAD_INDEXED:
+            grad_source = tl.load(grad_index_ptr + row, mask=real, other=0).to(tl.int64)
+        a = tl.load(
+            rows_ptr + source[:, None] * stride_row + high[None, :],
+            mask=real[:, None] & (high[None, :] < inner), other=0.0,
+        )  # fmt: skip
+        b = tl.load(
+            grad_ptr + grad_source[:, None] * stride_grad + wide[None, :],
+            mask=real[:, None] & (wide[None, :] < width), other=0.0,
+        )  # fmt: skip
+        total = tl.dot(tl.trans(a), b, total)
+    out_ptrs = out_ptr + expert.to(tl.int64) * inner * width + high[:, None].to(tl.int64) * width + wide[None, :]
+    inside = (high[:, None] < inner) & (wide[None, :] < width)
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,85 @@
+"""Sums of the rows of each segment in fp32 and in a fixed order: the bias gradients of experts.
+
+First every tile of rows is summed, then the tiles of each segment are. Autograd's backward of a gathered bias adds its
+duplicates in bf16 instead: 41 % relative error at 16k rows an expert.
+
+Shape suffixes: S sorted rows, E segments, N row width, P tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastft_plugins.kernels.rows import Rows
+from fastft_plugins.kernels.triton.segments import find_tile
+
+_ROWS = 256  # of one tile
+
+
+def segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None) -> Tensor:
+    """See `fastft_plugins.kernels.rows.segment_sum`."""
+    rows_XN, index_S = rows.source_XH, rows.index_S
+    size = rows_XN.shape[0] if index_S is None else index_S.numel()
+    width, segments = rows_XN.shape[1], offsets_E.numel()
+    tiles = triton.cdiv(size, _ROWS) + segments
+    partial_PN = torch.empty((tiles, width), dtype=torch.float32, device=rows_XN.device)
+    out_EN = torch.empty((segments, width), dtype=torch.float32, device=rows_XN.device)
+    columns = min(128, triton.next_power_of_2(width))
+    blocks, padded = triton.cdiv(width, columns), triton.next_power_of_2(segments)
+    _sum_tiles[(blocks, tiles)](
+        rows_XN, index_S, weights_S, offsets_E, partial_PN, width, segments, rows_XN.stride(0),
+        INDEXED=index_S is not None, WEIGHTED=weights_S is not None, SEGMENTS=padded, ROWS=_ROWS, STEP=32,
+        COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    _sum_segments[(blocks, segments)](
+        partial_PN, offsets_E, out_EN, width, segments, SEGMENTS=padded, ROWS=_ROWS, COLUMNS=columns, num_warps=4
+    )
+    return out_EN
+
+
+@triton.jit
+def _sum_tiles(
+    rows_ptr, index_ptr, weights_ptr, offsets_ptr, partial_ptr, width, segments, stride,
+    INDEXED: tl.constexpr, WEIGHTED: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(1)
+    segment, first, end = find_tile(offsets_ptr, segments, tile, SEGMENTS, ROWS)
+    if segment < 0:
+        return
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((STEP, COLUMNS), tl.float32)
+    for start in range(first, min(first + ROWS, end), STEP):
+        row = start + tl.arange(0, STEP)
+        real = row < end
+        source = row.to(tl.int64)
+        if INDEXED:
+            source = tl.load(index_ptr + row, mask=real, other=0).to(tl.int64)
+        inside = real[:, None] & (columns[None, :] < width)
+        value = tl.load(rows_ptr + source[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights_ptr + row, mask=real, other=0.0).to(tl.float32)[:, None]
+        total += value
+    tl.store(partial_ptr + tile.to(tl.int64) * width + columns, tl.sum(total, 0), mask=columns < width)
+
+
+@triton.jit
+def _sum_segments(
+    partial_ptr, offsets_ptr, out_ptr, width, segments,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(1)
+    lanes = tl.arange(0, SEGMENTS)
+    starts = tl.load(offsets_ptr + lanes - 1, mask=(lanes > 0) & (lanes < segments), other=0)
+    ends = tl.load(offsets_ptr + lanes, mask=lanes < segments, other=0)
+    tiles = tl.where(lanes < segments, (ends - starts + ROWS - 1) // ROWS, 0)
+    first = tl.sum(tl.where(lanes < segment, tiles, 0), 0)
+    last = tl.sum(tl.where(lanes <= segment, tiles, 0), 0)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for tile in range(first, last):
+        total += tl.load(partial_ptr + tl.cast(tile, tl.int64) * width + columns, mask=columns < width, other=0.0)
+    tl.store(out_ptr + segment.to(tl.int64) * width + columns, total, mask=columns < width)

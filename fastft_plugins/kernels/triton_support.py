@@ -1,0 +1,49 @@
+"""This package's Triton kernels: whether they can serve a call, and how to call them, without importing triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class TensorCall:
+    """What decides about a kernel that works on any shape."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def triton_rejects(call: TensorCall) -> str | None:
+    """The reason why a Triton kernel cannot serve this call, or None."""
+    if call.device.type != "cuda" or torch.version.cuda is None:
+        return f"needs an NVIDIA GPU, the tensors are on {call.device.type}"
+    if call.dtype not in _DTYPES:
+        return f"needs bfloat16, float16 or float32, got {call.dtype}"
+    if not _has_triton():
+        return "needs triton, which is not installed"
+    capability = torch.cuda.get_device_capability(call.device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_kernel(module: str, function: str) -> Callable[..., Any]:
+    """A function of ``fastft_plugins.kernels.triton``, whose module is imported at the first call."""
+
+    def run(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"fastft_plugins.kernels.triton.{module}"), function)(*arguments)
+
+    return run

@@ -1,0 +1,190 @@
+"""The experts' forward and backward as one autograd function.
+
+It keeps x, the pre-activation z, the routing weights and int32 indices, and recomputes the rest. With a = act(z + b1),
+s the routing weight of a row and dO the gradient of its token's output:
+
+    da = dO · W2ᵀ      ds = ⟨da, a⟩ + ⟨dO, b2⟩      dz = act'(z + b1) · (s · da)      dx = Σ_k dz · W1ᵀ
+    dW1 = xᵀ · dz      dW2 = (s · a)ᵀ · dO          db1 = Σ dz                        db2 = Σ s · dO
+
+The routing weight is applied after W2's transpose, so that no row of width H is scaled, and ds needs no output of W2.
+
+Shape suffixes: T tokens, K experts of a token, S = T·K rows, E experts, H hidden width, I intermediate width, N width
+of z (2·I, or I without a gate), R rank of LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastft_plugins.kernels.gate import Gate, gate_backward, gate_forward
+from fastft_plugins.kernels.grouped_matmul import grouped_matmul, grouped_weight_grad
+from fastft_plugins.kernels.rows import Rows, combine_rows, segment_sum
+from fastft_plugins.moe.routing import Routing
+
+
+class Projection(NamedTuple):
+    """One of the two linear maps of every expert: ``rows @ weight + bias``, plus ``rows @ lora_a @ lora_b``.
+
+    Attributes:
+        weight: ``[E, in, out]``, any strides.
+        bias: ``[E, out]`` or None.
+        lora_a: ``[E, in, R]`` or None.
+        lora_b: ``[E, R, out]`` or None; the scale of LoRA is part of it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Projection:
+        """The same map in another dtype; differentiable."""
+        bias, lora_a, lora_b = (part if part is None else part.to(dtype) for part in self[1:])
+        return Projection(self.weight.to(dtype), bias, lora_a, lora_b)
+
+
+def run_experts(
+    x_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, routing: Routing, gate: Gate, up: Projection, down: Projection,
+    *, combine: bool = True,
+) -> Tensor:  # fmt: skip
+    """Each token's weighted sum over its experts, ``[T, H]``; or, without ``combine``, the rows ``[S, H]`` before it.
+
+    ``x_TH``, the weights, biases and LoRA factors must have one dtype; the result has it too.
+    """
+    out: Tensor = _Experts.apply(x_TH, weights_TK, *up, *down, ids_TK, routing, gate, combine)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        weights_TK: Tensor,
+        w1: Tensor, b1: Tensor | None, a1: Tensor | None, c1: Tensor | None,
+        w2: Tensor, b2: Tensor | None, a2: Tensor | None, c2: Tensor | None,
+        ids_TK: Tensor,
+        routing: Routing,
+        gate: Gate,
+        combine: bool,
+    ) -> Tensor:  # fmt: skip
+        order_S, inverse_S, _, offsets_E = routing
+        up, down = Projection(w1, b1, a1, c1), Projection(w2, b2, a2, c2)
+        token_S = torch.div(order_S, ids_TK.shape[1], rounding_mode="floor")
+        ids_S = ids_TK.reshape(-1)
+        z_SN, low1_SR = _project(Rows(x_TH, token_S), up, offsets_E)
+        a_SI = gate_forward(gate, z_SN, b1, ids_S, order_S, offsets_E)
+        out_SH, low2_SR = _project(Rows(a_SI), down, offsets_E)
+        ctx.save_for_backward(
+            x_TH, weights_TK, *up, *down, z_SN, low1_SR, low2_SR, token_S, order_S, inverse_S, offsets_E, ids_TK
+        )
+        ctx.gate, ctx.combine = gate, combine
+        if not combine:
+            if b2 is not None:
+                expert_S = ids_S.index_select(0, order_S).clamp(0, b2.shape[0] - 1)
+                out_SH = out_SH + b2.index_select(0, expert_S)
+            return out_SH
+        return combine_rows(out_SH, inverse_S.view_as(ids_TK), offsets_E, weights_TK, b2, ids_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (
+            x_TH, weights_TK, w1, b1, a1, c1, w2, b2, a2, c2,
+            z_SN, low1_SR, low2_SR, token_S, order_S, inverse_S, offsets_E, ids_TK,
+        ) = ctx.saved_tensors  # fmt: skip
+        need_x, need_weights, *need = ctx.needs_input_grad[:10]
+        need_up, need_down = Projection(*need[:4]), Projection(*need[4:])
+        up, down = Projection(w1, b1, a1, c1), Projection(w2, b2, a2, c2)
+        dout = dout.contiguous()
+        scales_S = weights_TK.reshape(-1) if ctx.combine else torch.ones_like(order_S, dtype=dout.dtype)
+        douts = Rows(dout, token_S if ctx.combine else None)
+
+        da_SI = _project_back(douts, down, offsets_E)
+        want_scaled = need_down.weight or need_down.lora_a
+        dz_SN, dscales_S, scaled_SI = gate_backward(
+            ctx.gate, z_SN, b1, da_SI, scales_S, ids_TK.reshape(-1), order_S, offsets_E, want_scaled=bool(want_scaled)
+        )
+        del da_SI
+        row_scales_S = scales_S.index_select(0, order_S)
+        ddown = _parameter_grads(scaled_SI, douts, down, need_down, low2_SR, offsets_E, row_scales_S)
+        del scaled_SI, douts
+        dweights_TK = None
+        if need_weights and ctx.combine:
+            dweights_TK = dscales_S.view_as(weights_TK)
+            if b2 is not None:
+                dweights_TK = dweights_TK + _bias_dots(dout, b2, ids_TK)
+            dweights_TK = dweights_TK.to(weights_TK.dtype)
+        dzs = Rows(dz_SN)
+        dx_TH = None
+        if need_x:
+            dx_SH = _project_back(dzs, up, offsets_E)
+            dx_TH = combine_rows(dx_SH, inverse_S.view_as(ids_TK), offsets_E)
+            del dx_SH
+        dup = _parameter_grads(Rows(x_TH, token_S), dzs, up, need_up, low1_SR, offsets_E, None)
+        return dx_TH, dweights_TK, *dup, *ddown, None, None, None, None
+
+
+def _project(rows: Rows, projection: Projection, offsets_E: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The rows' products without the bias, and their image in LoRA's low dimension."""
+    out = grouped_matmul(rows, projection.weight, offsets_E)
+    if projection.lora_a is None or projection.lora_b is None:
+        return out, None
+    low_SR = grouped_matmul(rows, projection.lora_a, offsets_E)
+    return grouped_matmul(Rows(low_SR), projection.lora_b, offsets_E, out), low_SR
+
+
+def _project_back(douts: Rows, projection: Projection, offsets_E: Tensor) -> Tensor:
+    """The gradient of the rows that `_project` was given."""
+    out = grouped_matmul(douts, projection.weight.transpose(1, 2), offsets_E)
+    if projection.lora_a is None or projection.lora_b is None:
+        return out
+    dlow = Rows(grouped_matmul(douts, projection.lora_b.transpose(1, 2), offsets_E))
+    return grouped_matmul(dlow, projection.lora_a.transpose(1, 2), offsets_E, out)
+
+
+def _parameter_grads(
+    rows: Rows | Tensor | None,
+    douts: Rows,
+    projection: Projection,
+    need: Projection,
+    low_SR: Tensor | None,
+    offsets_E: Tensor,
+    row_scales_S: Tensor | None,
+) -> Projection:
+    """The gradients of a projection's parameters, each where it is needed.
+
+    ``row_scales_S`` belongs to the outputs of the second projection: its rows come scaled, its bias and ``low_SR`` not.
+    """
+    rows = Rows(rows) if isinstance(rows, Tensor) else rows
+    dweight = dbias = da = db = None
+    if need.weight and rows is not None:
+        if projection.weight.stride(2) == 1:
+            dweight = grouped_weight_grad(rows, douts, offsets_E)
+        else:  # a transposed view: make the gradient in the layout of the parameter behind it
+            dweight = grouped_weight_grad(douts, rows, offsets_E).transpose(1, 2)
+    if need.bias and projection.bias is not None:
+        dbias = segment_sum(douts, offsets_E, row_scales_S).to(projection.bias.dtype)
+    if need.lora_a and projection.lora_b is not None and rows is not None:
+        dlow = Rows(grouped_matmul(douts, projection.lora_b.transpose(1, 2), offsets_E))
+        da = grouped_weight_grad(rows, dlow, offsets_E)
+    if need.lora_b and low_SR is not None:
+        low_SR = low_SR if row_scales_S is None else (low_SR * row_scales_S[:, None]).to(low_SR.dtype)
+        db = grouped_weight_grad(Rows(low_SR), douts, offsets_E)
+    return Projection(dweight, dbias, da, db)  # type: ignore[arg-type]
+
+
+def _bias_dots(dout_TH: Tensor, b2_EH: Tensor, ids_TK: Tensor) -> Tensor:
+    """⟨dO, b2⟩ of each slot: one small product with all experts, then a choice. fp32, or fp64 for fp64 input."""
+    if dout_TH.is_cuda and dout_TH.dtype in (torch.bfloat16, torch.float16):
+        dots_TE = torch.mm(dout_TH, b2_EH.t(), out_dtype=torch.float32)
+    else:
+        precise = torch.float64 if dout_TH.dtype == torch.float64 else torch.float32
+        dots_TE = dout_TH.to(precise) @ b2_EH.t().to(precise)
+    experts = b2_EH.shape[0]
+    dots_TK = dots_TE.gather(1, ids_TK.clamp(0, experts - 1).long())
+    return torch.where((ids_TK >= 0) & (ids_TK < experts), dots_TK, 0.0)

@@ -1,0 +1,130 @@
+"""The seam of mixture-of-experts models: transformers asks a registry which function computes a module's experts."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+
+from fastft_hf import experts_lora
+from fastft_plugins.errors import Declined, NothingToWin
+from fastft_plugins.run import Run
+
+_EXPERTS_NAME = "fastft"
+
+# What transformers chooses by itself. Whoever asks for another implementation by name keeps it.
+_REPLACED = ("grouped_mm", "batched_mm", "eager", None)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# The function that a run put in place for an experts module. A copy of the module made meanwhile has none: it is stock.
+_active: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
+
+
+def inject_experts(run: Run, experts_fn: Callable[..., Tensor]) -> str | None:
+    """Make the experts modules of transformers call ``experts_fn``; None if the model is not transformers' own."""
+    if not any(isinstance(module, PreTrainedModel) for module in run.model.modules()):
+        return None
+    experts = [module for module in run.model.modules() if _is_experts(module)]
+    if not experts:
+        raise NothingToWin("the model has no experts behind transformers' experts interface")
+    kept = Counter(reason for module in experts if (reason := _why_not(module)) is not None)
+    served = [module for module in experts if _why_not(module) is None]
+    if not served:
+        raise Declined("; ".join(kept))
+    run.ledger.share("transformers' experts function 'fastft'", _register, _unregister)
+    for module in served:
+        _install(run, module, experts_fn)
+    adapted = experts_lora.inject_lora(run, served, experts_fn, serves)
+    changes = [f"experts function in {len(served)} layers"]
+    changes += [f"LoRA on the experts of {adapted} layers without their merged weights"] if adapted else []
+    changes += [f"{count} experts modules stay stock: {reason}" for reason, count in kept.items()]
+    return "; ".join(changes)
+
+
+def serves(module: nn.Module) -> bool:
+    """Whether a forward is one that trains: an evaluation stays stock, bit for bit.
+
+    Reentrant checkpointing runs the first forward without gradients, in training mode.
+    """
+    return module.training or torch.is_grad_enabled()
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether transformers' decorator made this module's class ask the registry that we enter."""
+    forward = inspect.getattr_static(type(module), "forward", None)
+    if not inspect.isfunction(forward) or not hasattr(module, "has_gate"):
+        return False
+    return inspect.getclosurevars(forward).nonlocals.get("experts_interface") is ALL_EXPERTS_FUNCTIONS
+
+
+def _why_not(module: Any) -> str | None:
+    implementation = module.config._experts_implementation
+    if implementation not in _REPLACED:
+        return f"experts implementation '{implementation}' is kept: it was asked for by name"
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor) or weight.dim() != 3:
+            return f"{name} is not one weight for all experts"
+        if weight.dtype not in _DTYPES:
+            return f"{name} is stored as {weight.dtype}"
+    return None
+
+
+def _install(run: Run, module: Any, experts_fn: Callable[..., Tensor]) -> None:
+    config = copy.copy(module.config)
+    config._experts_implementation_internal = _EXPERTS_NAME
+    config._fastft_stock_config = module.config
+    run.ledger.setattr(module, "config", config)
+    _active[module] = experts_fn
+    reference = weakref.ref(module)
+
+    def deactivate() -> None:
+        module = reference()
+        if module is not None:
+            _active.pop(module, None)
+
+    run.ledger.record("the function of an experts module", deactivate)
+
+
+def _experts_forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """transformers' signature: hidden_states ``[T, H]``, top_k_index and top_k_weights ``[T, K]`` → ``[T, H]``."""
+    experts_fn = _active.get(module)
+    if experts_fn is None or kwargs or not serves(module) or _is_sharded(module):
+        return _stock(module)(module, hidden_states, *args, **kwargs)
+    return experts_fn(module, hidden_states, *args)
+
+
+def _is_sharded(module: Any) -> bool:
+    """Tensor parallelism leaves DTensors as weights in the forward; FSDP puts whole tensors there."""
+    return type(module.down_proj).__name__ == "DTensor" or type(module.down_proj.data).__name__ == "DTensor"
+
+
+def _stock(module: Any) -> Callable[..., Tensor]:
+    name = module.config._fastft_stock_config._experts_implementation
+    function: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(name, _eager(module))
+    return function
+
+
+def _eager(module: Any) -> Callable[..., Tensor]:
+    forward: Callable[..., Tensor] = inspect.getclosurevars(_decorated(module)).nonlocals["original_forward"]
+    return forward
+
+
+def _decorated(module: Any) -> Any:
+    return inspect.getattr_static(type(module), "forward", None) or type(module).forward
+
+
+def _register() -> None:
+    ExpertsInterface.register(_EXPERTS_NAME, _experts_forward)
+
+
+def _unregister() -> None:
+    ExpertsInterface._global_mapping.pop(_EXPERTS_NAME, None)

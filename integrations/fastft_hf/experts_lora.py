@@ -1,0 +1,77 @@
+"""LoRA on the experts through PEFT's ``target_parameters``, without the sum of the weight and its update.
+
+PEFT wraps an experts module once for each adapted weight, and in every forward makes W + scale · B·A for all experts.
+Here the outermost wrapper hands the factors to the experts function instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastft_plugins.run import Run
+
+
+def inject_lora(
+    run: Run, experts: Sequence[nn.Module], experts_fn: Callable[..., Tensor], serves: Callable[[nn.Module], bool]
+) -> int:
+    """Replace the forward of the outermost wrapper of each of ``experts`` that has one; returns how many have."""
+    wrappers = [module for module in run.model.modules() if type(module).__name__ == "ParamWrapper"]
+    inner = {id(wrapper.base_layer) for wrapper in wrappers}
+    served = {id(module) for module in experts}
+    count = 0
+    for wrapper in wrappers:
+        if id(wrapper) not in inner and id(_chain(wrapper)[-1]) in served:
+            run.ledger.setattr(wrapper, "forward", _forward_of(wrapper, experts_fn, serves))
+            count += 1
+    return count
+
+
+def _forward_of(
+    wrapper: Any, experts_fn: Callable[..., Tensor], serves: Callable[[nn.Module], bool]
+) -> Callable[..., Any]:
+    stock, reference = type(wrapper).forward, weakref.ref(wrapper)
+
+    @functools.wraps(stock)
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        wrapper = reference()
+        assert wrapper is not None
+        *wrappers, module = _chain(wrapper)
+        if kwargs or not serves(module) or not all(_is_plain(each) for each in (*wrappers, module)):
+            return stock(wrapper, hidden_states, *args, **kwargs)
+        lora = {each.parameter_name: _factors(each) for each in wrappers}
+        return experts_fn(module, hidden_states, *args, lora=lora)
+
+    return forward
+
+
+def _chain(wrapper: Any) -> list[Any]:
+    """The wrapper, those inside it, and the experts module inside all of them."""
+    chain = [wrapper]
+    while type(chain[-1]).__name__ == "ParamWrapper":
+        chain.append(chain[-1].base_layer)
+    return chain
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether nothing but one active adapter stands between the experts and their input."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if type(module).__name__ != "ParamWrapper":
+        return True
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    return len(active) == 1 and module.num_experts > 1 and not module.disable_adapters and not module.merged
+
+
+def _factors(wrapper: Any) -> tuple[Tensor, Tensor]:
+    """LoRA's factors as they multiply rows: ``[E, in, R]``, and ``[E, R, out]`` with the scale."""
+    (adapter,) = (name for name in wrapper.active_adapters if name in wrapper.lora_A)
+    experts, dtype = wrapper.num_experts, wrapper.get_param().dtype
+    a_ERI = wrapper.lora_A[adapter].weight.unflatten(0, (experts, -1))
+    b_ORE = wrapper.lora_B[adapter].weight.unflatten(1, (-1, experts))
+    b_ERO = (b_ORE.permute(2, 1, 0) * wrapper.scaling[adapter]).contiguous()
+    return a_ERI.transpose(1, 2).to(dtype), b_ERO.to(dtype)
