@@ -77,19 +77,17 @@ def gate_forward(
 
 def gate_backward(
     gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, da_SI: Tensor, weights_S: Tensor, ids_S: Tensor,
-    order_S: Tensor, offsets_E: Tensor, *, want_scaled: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    order_S: Tensor, offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None,
+) -> None:  # fmt: skip
     """The backward of s · (a @ W2) through a, given ``da_SI`` = dO @ W2ᵀ without the routing weight s.
 
-    ``weights_S`` holds s by slot.
-
-    Returns:
-        ``dz [S, N]`` = act'(z + b) · (s · da); ``ds [S]`` = ⟨da, a⟩ by slot, fp32 (0 for sentinels); and s · a
-        ``[S, I]`` if wanted.
+    ``weights_S`` holds s by slot. Written are:
+        ``dz_SN``: act'(z + b) · (s · da); it may be ``z_SN`` itself.
+        ``dweights_S``: fp32 (fp64 for fp64 input), at the slot of each row, ds = ⟨da, a⟩; 0 for sentinels.
+        ``scaled_SI``: s · a, if given.
     """
     run = choose("gate_backward", GateCall(z_SN.device, z_SN.dtype, gate.kind)).kernel.run
-    dz_SN, dweights_S, scaled_SI = run(gate, z_SN, bias_EN, da_SI, weights_S, ids_S, order_S, offsets_E, want_scaled)
-    return dz_SN, dweights_S, scaled_SI
+    run(gate, z_SN, bias_EN, da_SI, weights_S, ids_S, order_S, offsets_E, dz_SN, dweights_S, scaled_SI)
 
 
 def _input(gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, ids_S: Tensor, order_S: Tensor) -> Tensor:
@@ -109,23 +107,21 @@ def reference_gate_forward(
 
 def reference_gate_backward(
     gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, da_SI: Tensor, weights_S: Tensor, ids_S: Tensor,
-    order_S: Tensor, offsets_E: Tensor, want_scaled: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    order_S: Tensor, offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None,
+) -> None:  # fmt: skip
     with torch.enable_grad():
-        input_SN = _input(gate, z_SN.detach(), bias_EN, ids_S, order_S).requires_grad_()
+        input_SN = _input(gate, z_SN.detach(), bias_EN, ids_S, order_S).detach().requires_grad_()
         a_SI = gate(input_SN)
         scale_S1 = weights_S.index_select(0, order_S)[:, None].to(a_SI.dtype)
-        (dz_SN,) = torch.autograd.grad(a_SI, input_SN, scale_S1 * da_SI.to(a_SI.dtype))
+        (dinput_SN,) = torch.autograd.grad(a_SI, input_SN, scale_S1 * da_SI.to(a_SI.dtype))
     a_SI = a_SI.detach()
-    dot_S = (a_SI.to(_sum_dtype(a_SI)) * da_SI).sum(1)
+    dot_S = (a_SI.to(dweights_S.dtype) * da_SI).sum(1)
     place_S = torch.arange(dot_S.numel(), device=dot_S.device)
     dot_S = torch.where(place_S < offsets_E[-1], dot_S, 0.0)  # the rows of sentinels hold anything
-    dweights_S = torch.empty_like(dot_S).index_copy_(0, order_S.long(), dot_S)
-    return dz_SN.to(z_SN.dtype), dweights_S, (scale_S1 * a_SI).to(z_SN.dtype) if want_scaled else None
-
-
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    dweights_S.index_copy_(0, order_S.long(), dot_S)
+    if scaled_SI is not None:
+        scaled_SI.copy_(scale_S1 * a_SI)
+    dz_SN.copy_(dinput_SN)
 
 
 def _triton_rejects(call: GateCall) -> str | None:

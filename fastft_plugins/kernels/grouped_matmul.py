@@ -24,6 +24,7 @@ class MatmulCall(TensorCall):
 
     inner: int
     width: int
+    dense: bool = True  # the weight lies in memory as [E, K, N] or as [E, N, K]
     accumulate: bool = False
 
 
@@ -38,7 +39,8 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Te
     """
     source = rows.source_XH
     _, inner, width = weight_EKN.shape
-    call = MatmulCall(source.device, source.dtype, inner, width, accumulate=out_SN is not None)
+    dense = weight_EKN.is_contiguous() or weight_EKN.transpose(1, 2).is_contiguous()
+    call = MatmulCall(source.device, source.dtype, inner, width, dense, accumulate=out_SN is not None)
     product_SN: Tensor = choose("grouped_matmul", call).kernel.run(rows, weight_EKN, offsets_E, out_SN)
     return product_SN
 
@@ -90,6 +92,26 @@ def reference_grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) ->
     return out_EKN
 
 
+def _tma_rejects(call: MatmulCall) -> str | None:
+    reason = triton_rejects(call)
+    if reason is not None:
+        return reason
+    if torch.cuda.get_device_capability(call.device)[0] != 9:
+        return "is tuned for compute capability 9.0"
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, got {call.dtype}"
+    if call.inner % 64 or call.width % 8 or not call.dense:
+        return f"needs a dense weight with an inner width in steps of 64, got {call.inner} by {call.width}"
+    return _too_narrow(call)
+
+
+def _too_narrow(call: MatmulCall) -> str | None:
+    if call.accumulate:
+        return "cannot add to its output"
+    narrowest = min(call.inner, call.width)
+    return f"wastes its tiles on a width of {narrowest}" if narrowest < _NARROW else None
+
+
 def _torch_rejects(call: MatmulCall) -> str | None:
     if call.device.type != "cuda" or torch.version.cuda is None:
         return f"needs an NVIDIA GPU, the tensors are on {call.device.type}"
@@ -100,11 +122,9 @@ def _torch_rejects(call: MatmulCall) -> str | None:
         return f"is a loop that waits for the GPU in {call.dtype}"
     if call.inner % 8 or call.width % 8:
         return f"needs widths that are multiples of 8, got {call.inner} and {call.width}"
-    if call.accumulate or min(call.inner, call.width) < _NARROW:
-        return f"wastes its tiles on widths below {_NARROW}" if not call.accumulate else "cannot add to its output"
     if not _torch_is_right(call.device):
         return "gave wrong products here when probed"
-    return None
+    return _too_narrow(call)
 
 
 @functools.cache
@@ -132,7 +152,8 @@ def _triton_matmul_rejects(call: MatmulCall) -> str | None:
 
 
 GROUPED_MATMUL_KERNELS = (
-    Kernel("torch grouped_mm", 0, _torch_rejects, _torch_matmul),
+    Kernel("Triton with TMA", 0, _tma_rejects, triton_kernel("grouped_matmul_tma", "grouped_matmul")),
+    Kernel("torch grouped_mm", 10, _torch_rejects, _torch_matmul),
     Kernel("Triton", 50, _triton_matmul_rejects, triton_kernel("grouped_matmul", "grouped_matmul")),
     Kernel("loop over experts", 100, lambda call: None, reference_grouped_matmul),
 )

@@ -25,6 +25,14 @@ class Rows:
         self.index_S = index_S
         self._gathered_SH: Tensor | None = None
 
+    def part(self, span: slice) -> Rows:
+        """Some of the rows, with a gather of their own; itself for all of them."""
+        if span == slice(0, (self.source_XH if self.index_S is None else self.index_S).shape[0]):
+            return self
+        if self.index_S is None:
+            return Rows(self.source_XH[span])
+        return Rows(self.source_XH, self.index_S[span])
+
     def gathered(self) -> Tensor:
         """The rows ``[S, H]`` in order."""
         if self.index_S is None:
@@ -32,6 +40,10 @@ class Rows:
         if self._gathered_SH is None:
             self._gathered_SH = gather_rows(self.source_XH, self.index_S)
         return self._gathered_SH
+
+    def release(self) -> None:
+        """Free the gathered rows; the next call of `gathered` makes them again."""
+        self._gathered_SH = None
 
 
 def gather_rows(source_XH: Tensor, index_S: Tensor) -> Tensor:

@@ -46,12 +46,13 @@ def experts_forward(
     """
     up, down = _projections(module, lora or {})
     _check(hidden_TH, top_k_index_TK, top_k_weights_TK, up)
+    top_k_index_TK, top_k_weights_TK = top_k_index_TK.contiguous(), top_k_weights_TK.contiguous()
     routing = route(top_k_index_TK, module.num_experts)
     dtype = up.weight.dtype
     if torch.is_autocast_enabled(hidden_TH.device.type):
         dtype = torch.get_autocast_dtype(hidden_TH.device.type)
     up, down = up.to(dtype), down.to(dtype)
-    x_TH, gate = hidden_TH.to(dtype), gate_of(module)
+    x_TH, gate = hidden_TH.to(dtype).contiguous(), gate_of(module)
     with torch.autocast(hidden_TH.device.type, enabled=False):
         if getattr(module, "has_post_expert_norm", False):
             rows_SH = run_experts(x_TH, top_k_weights_TK, top_k_index_TK, routing, gate, up, down, combine=False)

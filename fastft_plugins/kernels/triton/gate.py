@@ -24,7 +24,7 @@ def gate_forward(
     a_SI = torch.empty((size, width), dtype=z_SN.dtype, device=z_SN.device)
     if a_SI.numel():
         columns = min(triton.next_power_of_2(width), 256)
-        rows = 2048 // columns
+        rows = 1024 // columns
         grid = (triton.cdiv(size, rows), triton.cdiv(width, columns))
         _forward[grid](
             z_SN, bias_EN, ids_S, order_S, a_SI, size, width, offsets_E.numel(),
@@ -36,22 +36,19 @@ def gate_forward(
 
 def gate_backward(
     gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, da_SI: Tensor, weights_S: Tensor, ids_S: Tensor,
-    order_S: Tensor, offsets_E: Tensor, want_scaled: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    order_S: Tensor, offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None,
+) -> None:  # fmt: skip
     """See `fastft_plugins.kernels.gate.gate_backward`."""
     size, width = da_SI.shape
-    dz_SN = torch.empty_like(z_SN)
-    dweights_S = torch.empty(size, dtype=torch.float32, device=z_SN.device)
-    scaled_SI = torch.empty_like(da_SI) if want_scaled else None
     if da_SI.numel():
-        columns = min(triton.next_power_of_2(width), 256)
+        # On an H200, 1024 columns of one row are 10 % faster for gpt-oss (2,880 wide), 4 rows of 256 for Qwen3 (768).
+        columns = min(triton.next_power_of_2(width), 1024 if width >= 1024 else 256)
         rows = 1024 // columns
         _backward[(triton.cdiv(size, rows),)](
             z_SN, bias_EN, da_SI, weights_S, ids_S, order_S, offsets_E, dz_SN, dweights_S, scaled_SI, size, width,
             offsets_E.numel(), KIND=gate.kind, LAYOUT=gate.layout, ALPHA=gate.alpha, LIMIT=gate.limit,
-            BIAS=bias_EN is not None, SCALED=want_scaled, ROWS=rows, COLUMNS=columns, num_warps=4,
+            BIAS=bias_EN is not None, SCALED=scaled_SI is not None, ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
-    return dz_SN, dweights_S, scaled_SI
 
 
 @triton.jit

@@ -16,11 +16,11 @@ def gather_rows(source_TH: Tensor, index_S: Tensor) -> Tensor:
     size, width = index_S.numel(), source_TH.shape[1]
     out_SH = torch.empty((size, width), dtype=source_TH.dtype, device=source_TH.device)
     if out_SH.numel():
-        columns = min(triton.next_power_of_2(width), 1024)
-        rows = 8192 // columns
+        columns = min(triton.next_power_of_2(width), 512)
+        rows = 4096 // columns
         grid = (triton.cdiv(size, rows), triton.cdiv(width, columns))
         _gather[grid](source_TH, index_S, out_SH, size, width, source_TH.stride(0), ROWS=rows, COLUMNS=columns,
-                      num_warps=8)  # fmt: skip
+                      num_warps=4)  # fmt: skip
     return out_SH
 
 
