@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
+from gpu_helpers import host_syncs_are_errors, relative_error
 
 from fastft_plugins import apply
 from fastft_plugins.kernels.attention_reference import reference_attention
@@ -16,10 +15,6 @@ transformers = pytest.importorskip("transformers")
 
 LENGTHS = [1, 517, 64, 1153, 3]
 HEADS, KEY_HEADS, WIDTH = 16, 4, 64
-
-
-def relative_error(value, truth):
-    return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 def attention_inputs(dtype, seed=0):
@@ -143,16 +138,6 @@ def padded_batch(seed=0):
 
 def on_gpu(batch):
     return {name: value.to("cuda") if hasattr(value, "to") else value for name, value in batch.items()}
-
-
-@contextlib.contextmanager
-def host_syncs_are_errors():
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def step(model, batch):

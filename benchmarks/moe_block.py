@@ -1,0 +1,167 @@
+"""One mixture-of-experts block, router included, forward and backward: stock and fastft in turn, in one process.
+
+    python -m benchmarks.moe_block --out benchmarks/results/NAME.json
+    python -m benchmarks.moe_block --cases qwen3-30b-a3b:32768:frozen,gpt-oss-20b:8192:lora --routing skewed
+
+A case is SHAPE:TOKENS:MODE. In the mode "frozen" only the block's input and router are trained, in "trained" the
+experts too, and in "lora" adapters of rank 16 on both expert weights, through PEFT's ``target_parameters``. Routing is
+the router's own ("balanced"), or one expert takes 30 % of the rows ("skewed", not with LoRA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import describe_environment, git_commit
+from benchmarks.moe_shapes import CASES, SHAPES, Block, build_block, skewed_ids
+from benchmarks.moe_split import copy_bandwidth, glue_bytes, kernel_times
+
+_HEADER = "{:<16} {:>6} {:<8} {:<9} {:>9} {:>9} {:>7} {:<18} {:>15} {:>20}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    device = torch.device(options.device)
+    result: dict[str, Any] = {
+        "schema": 1,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.moe_block", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
+        "environment": describe_environment(device),
+        "copy_bandwidth": copy_bandwidth() if device.type == "cuda" else None,
+        "cases": [],
+    }
+    print(_HEADER.format("shape", "tokens", "experts", "routing", "stock ms", "fastft ms", "faster", "(each turn)",
+                         "peak GB", "rest ms / its bytes"), flush=True)  # fmt: skip
+    for case in options.cases:
+        for routing in options.routing if case[2] != "lora" else ["balanced"]:
+            entry = measure(case, routing, device, options)
+            result["cases"].append(entry)
+            print(row(entry), flush=True)
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def measure(
+    case: tuple[str, int, str], routing: str, device: torch.device, options: argparse.Namespace
+) -> dict[str, Any]:
+    shape, tokens, mode = case
+    block = build_block(shape, tokens, mode, device)
+    if routing == "skewed":
+        block.force(skewed_ids(block, tokens))
+    entry: dict[str, Any] = {
+        "shape": shape,
+        "tokens": tokens,
+        "mode": mode,
+        "routing": routing,
+        "ms": {},
+        "peak": {},
+        "gpu_ms": {},
+    }
+    stacks = ["stock", "fastft", *(["eager"] if options.eager and mode != "lora" else [])]
+    for stack in stacks:
+        with block.running(stack) as report:
+            _times(block, 2)
+            if device.type == "cuda":
+                entry["peak"][stack] = _peak(block)
+                block.forget_grads()
+                entry["gpu_ms"][stack] = kernel_times(block.step)
+            if stack == "fastft":
+                entry["report"] = report
+    for _ in range(options.turns):
+        for stack in stacks:
+            with block.running(stack):
+                _times(block, 1)
+                entry["ms"].setdefault(stack, []).append(statistics.median(_times(block, options.steps)))
+    entry["glue_bytes"] = glue_bytes(block, tokens, mode)
+    del block
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return entry
+
+
+def row(entry: dict[str, Any]) -> str:
+    case = (entry["shape"], entry["tokens"], entry["mode"], entry["routing"])
+    stock, ours = (statistics.median(entry["ms"][stack]) for stack in ("stock", "fastft"))
+    each = " ".join(f"{a / b:.2f}" for a, b in zip(entry["ms"]["stock"], entry["ms"]["fastft"], strict=True))
+    peak, gpu = entry["peak"], entry["gpu_ms"].get("fastft")
+    memory = f"{peak['stock'] / 1e9:.2f} → {peak['fastft'] / 1e9:.2f}" if gpu else "–"
+    rest = f"{gpu['rest']:.2f} / {entry['glue_bytes'] / 4.3e9:.2f}" if gpu else "–"
+    faster = f"{stock / ours:.2f}×"
+    return _HEADER.format(*case, f"{stock:.2f}", f"{ours:.2f}", faster, f"({each})", memory, rest)
+
+
+def _times(block: Block, steps: int) -> list[float]:
+    return list(_timed(block, steps))
+
+
+def _timed(block: Block, steps: int) -> Iterator[float]:
+    """Milliseconds of each forward and backward, by events of the GPU, or by the clock on a CPU."""
+    import time
+
+    for _ in range(steps):
+        block.forget_grads()
+        if block.x.is_cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            block.step()
+            end.record()
+            torch.cuda.synchronize()
+            yield start.elapsed_time(end)
+        else:
+            began = time.perf_counter()
+            block.step()
+            yield (time.perf_counter() - began) * 1e3
+
+
+def _peak(block: Block) -> int:
+    """Bytes above what the block, its input and its output gradient hold, at the worst moment of a step."""
+    block.forget_grads()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    block.step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.moe_block", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--cases", type=_cases, default=CASES, metavar="A,B", help=f"SHAPE:TOKENS:MODE (shapes: {', '.join(SHAPES)})")
+    add("--routing", type=lambda text: text.split(","), default=["balanced", "skewed"], metavar="A,B")
+    add("--turns", type=int, default=3, help="A B A B: how often each stack has its turn (3)")
+    add("--steps", type=int, default=9, help="of one turn; its median counts (9)")
+    add("--eager", action="store_true", help="stock's eager loop over experts as well")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, default=Path("moe_block.json"))
+    return parser.parse_args(arguments)
+
+
+def _cases(text: str) -> list[tuple[str, int, str]]:
+    cases = []
+    for case in text.split(","):
+        shape, tokens, mode = case.split(":")
+        if shape not in SHAPES or mode not in ("frozen", "trained", "lora"):
+            raise argparse.ArgumentTypeError(f"{case}: the shape or the mode is unknown")
+        cases.append((shape, int(tokens), mode))
+    return cases
+
+
+if __name__ == "__main__":
+    sys.exit(main())
