@@ -215,6 +215,11 @@ def test_more_than_two_to_the_31_elements():
         assert relative_error(whole[name][-last:], tensor) < 1e-3, name
 
 
+def causal_mask(length, dtype):
+    """4-D, as transformers takes it untouched: making one from 2-D makes the host wait."""
+    return torch.full((1, 1, length, length), torch.finfo(dtype).min, dtype=dtype, device="cuda").triu(1)
+
+
 @pytest.mark.parametrize("family", SHAPES)
 def test_lora_on_the_experts_is_as_accurate_as_peft(family):
     from peft import LoraConfig, get_peft_model
@@ -240,7 +245,8 @@ def test_lora_on_the_experts_is_as_accurate_as_peft(family):
 
     def gradients(model):
         model.zero_grad()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        mask = causal_mask(512, next(model.parameters()).dtype)
+        model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     theirs = gradients(model)
@@ -268,9 +274,11 @@ def test_a_whole_model_under_checkpointing_trains_without_a_host_sync(reentrant)
     model = transformers.Qwen3MoeForCausalLM(config).cuda().bfloat16().train()
     ids = torch.randint(0, 128, (2, 512), device="cuda")
 
+    mask = causal_mask(512, torch.bfloat16)
+
     def gradients():
         model.zero_grad()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss.backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
     with apply(model, {"moe": "on", "packing": "off"}):

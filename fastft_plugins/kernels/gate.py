@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastft_plugins.kernels.dispatch import Kernel, choose
+from fastft_plugins.kernels.rows import Rows, segment_sum
 from fastft_plugins.kernels.triton_support import TensorCall, triton_kernel, triton_rejects
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -63,65 +64,72 @@ class GateCall(TensorCall):
     kind: str
 
 
-def gate_forward(
-    gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, ids_S: Tensor, order_S: Tensor, offsets_E: Tensor
-) -> Tensor:
+def gate_forward(gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, order_S: Tensor, offsets_E: Tensor) -> Tensor:
     """a = act(z + b of the row's expert), ``[S, I]``; in fp32 inside where the kind is known.
 
-    ``ids_S`` holds the expert of each slot (token · K + k), ``order_S`` the slot at each place of the sorted rows.
+    Rows at or beyond ``offsets_E[-1]`` belong to sentinels; theirs may hold anything.
     """
     run = choose("gate_forward", GateCall(z_SN.device, z_SN.dtype, gate.kind)).kernel.run
-    a_SI: Tensor = run(gate, z_SN, bias_EN, ids_S, order_S, offsets_E)
+    a_SI: Tensor = run(gate, z_SN, bias_EN, order_S, offsets_E)
     return a_SI
 
 
 def gate_backward(
-    gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, da_SI: Tensor, weights_S: Tensor, ids_S: Tensor,
-    order_S: Tensor, offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None,
-) -> None:  # fmt: skip
+    gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, da_SI: Tensor, weights_S: Tensor, order_S: Tensor,
+    offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None, *, want_bias: bool,
+) -> Tensor | None:  # fmt: skip
     """The backward of s · (a @ W2) through a, given ``da_SI`` = dO @ W2ᵀ without the routing weight s.
 
-    ``weights_S`` holds s by slot. Written are:
+    ``weights_S`` holds s by slot (token · K + k), ``order_S`` the slot of each row. Written are:
         ``dz_SN``: act'(z + b) · (s · da); it may be ``z_SN`` itself.
-        ``dweights_S``: fp32 (fp64 for fp64 input), at the slot of each row, ds = ⟨da, a⟩; 0 for sentinels.
+        ``dweights_S``: fp32 (fp64 for fp64 input), at the slot of each row, ds = ⟨da, a⟩; untouched for sentinels.
         ``scaled_SI``: s · a, if given.
+
+    Returns:
+        The bias gradient ``[E, N]``, the sum of each expert's dz in the dtype of ``dweights_S``, if wanted.
     """
     run = choose("gate_backward", GateCall(z_SN.device, z_SN.dtype, gate.kind)).kernel.run
-    run(gate, z_SN, bias_EN, da_SI, weights_S, ids_S, order_S, offsets_E, dz_SN, dweights_S, scaled_SI)
+    dbias_EN: Tensor | None = run(
+        gate, z_SN, bias_EN, da_SI, weights_S, order_S, offsets_E, dz_SN, dweights_S, scaled_SI, want_bias
+    )
+    return dbias_EN
 
 
-def _input(gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, ids_S: Tensor, order_S: Tensor) -> Tensor:
+def _input(gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, offsets_E: Tensor) -> Tensor:
     if gate.kind != "other" and z_SN.dtype != torch.float64:
         z_SN = z_SN.float()
     if bias_EN is None:
         return z_SN
-    expert_S = ids_S.index_select(0, order_S).clamp(0, bias_EN.shape[0] - 1)
+    place_S = torch.arange(z_SN.shape[0], dtype=offsets_E.dtype, device=z_SN.device)
+    expert_S = torch.searchsorted(offsets_E, place_S, right=True).clamp(max=bias_EN.shape[0] - 1)
     return z_SN + bias_EN.index_select(0, expert_S).to(z_SN.dtype)
 
 
 def reference_gate_forward(
-    gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, ids_S: Tensor, order_S: Tensor, offsets_E: Tensor
+    gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, order_S: Tensor, offsets_E: Tensor
 ) -> Tensor:
-    return gate(_input(gate, z_SN, bias_EN, ids_S, order_S)).to(z_SN.dtype)
+    return gate(_input(gate, z_SN, bias_EN, offsets_E)).to(z_SN.dtype)
 
 
 def reference_gate_backward(
-    gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, da_SI: Tensor, weights_S: Tensor, ids_S: Tensor,
-    order_S: Tensor, offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None,
-) -> None:  # fmt: skip
+    gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, da_SI: Tensor, weights_S: Tensor, order_S: Tensor,
+    offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None, want_bias: bool,
+) -> Tensor | None:  # fmt: skip
     with torch.enable_grad():
-        input_SN = _input(gate, z_SN.detach(), bias_EN, ids_S, order_S).detach().requires_grad_()
+        input_SN = _input(gate, z_SN.detach(), bias_EN, offsets_E).detach().requires_grad_()
         a_SI = gate(input_SN)
         scale_S1 = weights_S.index_select(0, order_S)[:, None].to(a_SI.dtype)
         (dinput_SN,) = torch.autograd.grad(a_SI, input_SN, scale_S1 * da_SI.to(a_SI.dtype))
     a_SI = a_SI.detach()
     dot_S = (a_SI.to(dweights_S.dtype) * da_SI).sum(1)
     place_S = torch.arange(dot_S.numel(), device=dot_S.device)
-    dot_S = torch.where(place_S < offsets_E[-1], dot_S, 0.0)  # the rows of sentinels hold anything
-    dweights_S.index_copy_(0, order_S.long(), dot_S)
+    slot_S = order_S.long()
+    # The rows of sentinels hold anything.
+    dweights_S[slot_S] = torch.where(place_S < offsets_E[-1], dot_S, dweights_S[slot_S])
     if scaled_SI is not None:
         scaled_SI.copy_(scale_S1 * a_SI)
     dz_SN.copy_(dinput_SN)
+    return segment_sum(Rows(dinput_SN.to(dweights_S.dtype)), offsets_E) if want_bias else None
 
 
 def _triton_rejects(call: GateCall) -> str | None:

@@ -75,11 +75,10 @@ class _Experts(torch.autograd.Function):
         order_S, inverse_S, _, offsets_E = routing
         up, down = Projection(w1, b1, a1, c1), Projection(w2, b2, a2, c2)
         token_S = torch.div(order_S, ids_TK.shape[1], rounding_mode="floor")
-        ids_S = ids_TK.reshape(-1)
         z_SN, low1_SR = _project(Rows(x_TH, token_S), up, offsets_E)
         parts = []
         for span, ends_E in _spans(down.weight, offsets_E, order_S):
-            a_SI = gate_forward(gate, z_SN[span], b1, ids_S, order_S[span], ends_E)
+            a_SI = gate_forward(gate, z_SN[span], b1, order_S[span], ends_E)
             parts.append(_project(Rows(a_SI), down, ends_E))
             del a_SI
         out_SH = _joined([out for out, _ in parts])
@@ -91,7 +90,7 @@ class _Experts(torch.autograd.Function):
         ctx.gate, ctx.combine = gate, combine
         if not combine:
             if b2 is not None:
-                expert_S = ids_S.index_select(0, order_S).clamp(0, b2.shape[0] - 1)
+                expert_S = ids_TK.reshape(-1).index_select(0, order_S).clamp(0, b2.shape[0] - 1)
                 out_SH = out_SH + b2.index_select(0, expert_S)
             return out_SH
         return combine_rows(out_SH, inverse_S.view_as(ids_TK), offsets_E, weights_TK, b2, ids_TK)
@@ -111,7 +110,8 @@ class _Experts(torch.autograd.Function):
         douts = Rows(dout, token_S if ctx.combine else None)
 
         dz_SN = torch.empty_like(z_SN) if _graph_is_kept() else z_SN
-        dscales_S = torch.empty(scales_S.shape, dtype=_sum_dtype(z_SN), device=z_SN.device)
+        dscales_S = torch.zeros(scales_S.shape, dtype=_sum_dtype(z_SN), device=z_SN.device)  # stays so for sentinels
+        db1_EN: Tensor | None = None
         scaled_SI = None
         if need_down.weight or need_down.lora_a:
             scaled_SI = z_SN.new_empty((z_SN.shape[0], w2.shape[1]))
@@ -120,10 +120,12 @@ class _Experts(torch.autograd.Function):
             da_SI = _project_back(part, down, ends_E)
             if not need_down.weight:
                 part.release()
-            gate_backward(
-                ctx.gate, z_SN[span], b1, da_SI, scales_S, ids_TK.reshape(-1), order_S[span], ends_E,
-                dz_SN[span], dscales_S, None if scaled_SI is None else scaled_SI[span],
+            sums_EN = gate_backward(
+                ctx.gate, z_SN[span], b1, da_SI, scales_S, order_S[span], ends_E, dz_SN[span], dscales_S,
+                None if scaled_SI is None else scaled_SI[span], want_bias=bool(need_up.bias),
             )  # fmt: skip
+            if sums_EN is not None:
+                db1_EN = sums_EN if db1_EN is None else db1_EN + sums_EN
             del part, da_SI
         ddown = _parameter_grads(scaled_SI, douts, down, need_down, low2_SR, offsets_E, scales_S, order_S)
         del scaled_SI, douts
@@ -139,7 +141,10 @@ class _Experts(torch.autograd.Function):
             dx_SH = _project_back(dzs, up, offsets_E)
             dx_TH = combine_rows(dx_SH, inverse_S.view_as(ids_TK), offsets_E)
             del dx_SH
+        need_up = need_up._replace(bias=None)  # the activation's backward made it
         dup = _parameter_grads(Rows(x_TH, token_S), dzs, up, need_up, low1_SR, offsets_E)
+        if b1 is not None and db1_EN is not None:
+            dup = dup._replace(bias=db1_EN.to(b1.dtype))
         return dx_TH, dweights_TK, *dup, *ddown, None, None, None, None
 
 

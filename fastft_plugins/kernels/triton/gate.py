@@ -1,9 +1,10 @@
 """The experts' activation, forward and backward, with the bias added in registers.
 
-The backward recomputes a = act(z + b) and emits, from da = dO·W2ᵀ before the routing weight s: the gradient
-dz = act'(z + b)·(s·da), the routing weight's gradient ds = ⟨da, a⟩, and, if W2 is trained, s·a, its other operand.
+A program takes some rows of one expert, so that it reads the expert's bias once. The backward recomputes
+a = act(z + b) and emits, from da = dO·W2ᵀ before the routing weight s: the gradient dz = act'(z + b)·(s·da), the
+routing weight's gradient ds = ⟨da, a⟩, and, where they are trained, s·a for W2 and the sums of dz for the bias.
 
-Shape suffixes: S routed rows, E experts, I intermediate width, N width of z (2·I, or I without a gate).
+Shape suffixes: S routed rows, E experts, I intermediate width, N width of z (2·I, or I without a gate), P tiles.
 """
 
 from __future__ import annotations
@@ -14,41 +15,48 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft_plugins.kernels.gate import Gate
+from fastft_plugins.kernels.triton.segment_sum import sum_tiles
+from fastft_plugins.kernels.triton.segments import find_tile
+
+_ROWS = 16  # of a tile
 
 
-def gate_forward(
-    gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, ids_S: Tensor, order_S: Tensor, offsets_E: Tensor
-) -> Tensor:
+def gate_forward(gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, order_S: Tensor, offsets_E: Tensor) -> Tensor:
     """See `fastft_plugins.kernels.gate.gate_forward`."""
     size, width = z_SN.shape[0], z_SN.shape[1] if gate.layout == "ungated" else z_SN.shape[1] // 2
+    experts = offsets_E.numel()
     a_SI = torch.empty((size, width), dtype=z_SN.dtype, device=z_SN.device)
     if a_SI.numel():
-        columns = min(triton.next_power_of_2(width), 256)
-        rows = 1024 // columns
-        grid = (triton.cdiv(size, rows), triton.cdiv(width, columns))
-        _forward[grid](
-            z_SN, bias_EN, ids_S, order_S, a_SI, size, width, offsets_E.numel(),
+        _forward[(triton.cdiv(size, _ROWS) + experts,)](
+            z_SN, bias_EN, offsets_E, a_SI, width, experts,
             KIND=gate.kind, LAYOUT=gate.layout, ALPHA=gate.alpha, LIMIT=gate.limit, BIAS=bias_EN is not None,
-            ROWS=rows, COLUMNS=columns, num_warps=4,
+            EXPERTS=triton.next_power_of_2(experts), ROWS=_ROWS, COLUMNS=_columns(width), num_warps=4,
         )  # fmt: skip
     return a_SI
 
 
 def gate_backward(
-    gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, da_SI: Tensor, weights_S: Tensor, ids_S: Tensor,
-    order_S: Tensor, offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None,
-) -> None:  # fmt: skip
+    gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, da_SI: Tensor, weights_S: Tensor, order_S: Tensor,
+    offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None, want_bias: bool,
+) -> Tensor | None:  # fmt: skip
     """See `fastft_plugins.kernels.gate.gate_backward`."""
-    size, width = da_SI.shape
+    (size, width), experts = da_SI.shape, offsets_E.numel()
+    tiles = triton.cdiv(size, _ROWS) + experts
+    dbias_PN = None
+    if want_bias:
+        dbias_PN = torch.empty((tiles, z_SN.shape[1]), dtype=torch.float32, device=z_SN.device)
     if da_SI.numel():
-        # On an H200, 1024 columns of one row are 10 % faster for gpt-oss (2,880 wide), 4 rows of 256 for Qwen3 (768).
-        columns = min(triton.next_power_of_2(width), 1024 if width >= 1024 else 256)
-        rows = 1024 // columns
-        _backward[(triton.cdiv(size, rows),)](
-            z_SN, bias_EN, da_SI, weights_S, ids_S, order_S, offsets_E, dz_SN, dweights_S, scaled_SI, size, width,
-            offsets_E.numel(), KIND=gate.kind, LAYOUT=gate.layout, ALPHA=gate.alpha, LIMIT=gate.limit,
-            BIAS=bias_EN is not None, SCALED=scaled_SI is not None, ROWS=rows, COLUMNS=columns, num_warps=4,
+        _backward[(tiles,)](
+            z_SN, bias_EN, da_SI, weights_S, order_S, offsets_E, dz_SN, dweights_S, scaled_SI, dbias_PN, width, experts,
+            KIND=gate.kind, LAYOUT=gate.layout, ALPHA=gate.alpha, LIMIT=gate.limit, BIAS=bias_EN is not None,
+            SCALED=scaled_SI is not None, DBIAS=want_bias, EXPERTS=triton.next_power_of_2(experts), ROWS=_ROWS,
+            COLUMNS=_columns(width), num_warps=4,
         )  # fmt: skip
+    return None if dbias_PN is None else sum_tiles(dbias_PN, offsets_E, _ROWS)
+
+
+def _columns(width: int) -> int:
+    return min(1 << (width - 1).bit_length(), 128)
 
 
 @triton.jit
@@ -102,103 +110,114 @@ def _gated(gate, up, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexp
 
 
 @triton.jit
-def _load_pair(ptr, rows, real, first, width, LAYOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Gate and up of z or of its bias, in fp32. Interleaved pairs are loaded as they lie in memory, then split."""
-    base = ptr + rows[:, None] * (2 * width)
+def _load_pair(ptr, first, width, inside_rows, LAYOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Gate and up of some rows of z, or of a bias, in fp32. Interleaved pairs are loaded as they lie, then split."""
     if LAYOUT == "interleaved":
         pair = 2 * first + tl.arange(0, 2 * COLUMNS)
-        inside = real[:, None] & (pair[None, :] < 2 * width)
-        both = tl.load(base + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+        both = tl.load(ptr + pair[None, :], mask=inside_rows & (pair[None, :] < 2 * width), other=0.0).to(tl.float32)
         gate, up = tl.split(tl.reshape(both, (ROWS, COLUMNS, 2)))
     else:
         columns = first + tl.arange(0, COLUMNS)
-        inside = real[:, None] & (columns[None, :] < width)
-        gate = tl.load(base + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(base + width + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        inside = inside_rows & (columns[None, :] < width)
+        gate = tl.load(ptr + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(ptr + width + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     return gate, up
 
 
 @triton.jit
-def _row_expert(ids_ptr, order_ptr, rows, size, E):
-    """The expert of each sorted row; sentinels, whose result is thrown away, take the last one."""
-    slot = tl.load(order_ptr + rows, mask=rows < size, other=0)
-    expert = tl.load(ids_ptr + slot, mask=rows < size, other=0).to(tl.int64)
-    return tl.where((expert < 0) | (expert >= E), E - 1, expert)
+def _store_pair(
+    ptr, gate, up, first, width, inside_rows, LAYOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    gate, up = gate.to(ptr.dtype.element_ty), up.to(ptr.dtype.element_ty)
+    if LAYOUT == "interleaved":
+        pair = 2 * first + tl.arange(0, 2 * COLUMNS)
+        both = tl.reshape(tl.join(gate, up), (ROWS, 2 * COLUMNS))
+        tl.store(ptr + pair[None, :], both, mask=inside_rows & (pair[None, :] < 2 * width))
+    else:
+        columns = first + tl.arange(0, COLUMNS)
+        inside = inside_rows & (columns[None, :] < width)
+        tl.store(ptr + columns[None, :], gate, mask=inside)
+        tl.store(ptr + width + columns[None, :], up, mask=inside)
 
 
 @triton.jit
 def _forward(
-    z_ptr, bias_ptr, ids_ptr, order_ptr, a_ptr, size, width, E,
+    z_ptr, bias_ptr, offsets_ptr, a_ptr, width, E,
     KIND: tl.constexpr, LAYOUT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(1) * COLUMNS
-    columns = first + tl.arange(0, COLUMNS)
-    real = rows < size
-    inside = real[:, None] & (columns[None, :] < width)
-    if BIAS:
-        expert = _row_expert(ids_ptr, order_ptr, rows, size, E)
-    if LAYOUT == "ungated":
-        z = tl.load(z_ptr + rows[:, None] * width + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        if BIAS:
-            z += tl.load(bias_ptr + expert[:, None] * width + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        a, _ = _act(z, KIND)
-    else:
-        gate, up = _load_pair(z_ptr, rows, real, first, width, LAYOUT, ROWS, COLUMNS)
-        if BIAS:
-            gate_bias, up_bias = _load_pair(bias_ptr, expert, real, first, width, LAYOUT, ROWS, COLUMNS)
-            gate += gate_bias
-            up += up_bias
-        a, _, _ = _gated(gate, up, KIND, ALPHA, LIMIT)
-    tl.store(a_ptr + rows[:, None] * width + columns[None, :], a.to(a_ptr.dtype.element_ty), mask=inside)
+    expert, top, end = find_tile(offsets_ptr, E, tl.program_id(0), EXPERTS, ROWS)
+    if expert < 0:
+        return
+    rows = (top + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    real = rows < end
+    one = tl.full((1, 1), 1, tl.int1)
+    for first in range(0, width, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)[None, :]
+        inside = real & (columns < width)
+        if LAYOUT == "ungated":
+            z = tl.load(z_ptr + rows * width + columns, mask=inside, other=0.0).to(tl.float32)
+            if BIAS:
+                z += tl.load(bias_ptr + expert.to(tl.int64) * width + columns, mask=columns < width, other=0.0)
+            a, _ = _act(z, KIND)
+        else:
+            gate, up = _load_pair(z_ptr + rows * 2 * width, first, width, real, LAYOUT, ROWS, COLUMNS)
+            if BIAS:
+                bias = bias_ptr + expert.to(tl.int64) * 2 * width
+                gate_bias, up_bias = _load_pair(bias, first, width, one, LAYOUT, 1, COLUMNS)
+                gate += gate_bias
+                up += up_bias
+            a, _, _ = _gated(gate, up, KIND, ALPHA, LIMIT)
+        tl.store(a_ptr + rows * width + columns, a.to(a_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
-    z_ptr, bias_ptr, da_ptr, weights_ptr, ids_ptr, order_ptr, offsets_ptr, dz_ptr, dweights_ptr, scaled_ptr,
-    size, width, E,
+    z_ptr, bias_ptr, da_ptr, weights_ptr, order_ptr, offsets_ptr, dz_ptr, dweights_ptr, scaled_ptr, dbias_ptr, width, E,
     KIND: tl.constexpr, LAYOUT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SCALED: tl.constexpr, DBIAS: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = rows < size
+    tile = tl.program_id(0)
+    expert, top, end = find_tile(offsets_ptr, E, tile, EXPERTS, ROWS)
+    if expert < 0:
+        return
+    rows = (top + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    real = rows < end
+    one = tl.full((1, 1), 1, tl.int1)
     slot = tl.load(order_ptr + rows, mask=real, other=0)
-    scale = tl.load(weights_ptr + slot, mask=real, other=0.0).to(tl.float32)[:, None]
-    if BIAS:
-        expert = _row_expert(ids_ptr, order_ptr, rows, size, E)
-    dot = tl.zeros((ROWS,), tl.float32)
+    scale = tl.load(weights_ptr + slot, mask=real, other=0.0).to(tl.float32)
+    dot = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, width, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        inside = real[:, None] & (columns[None, :] < width)
-        place = rows[:, None] * width + columns[None, :]
+        columns = first + tl.arange(0, COLUMNS)[None, :]
+        inside = real & (columns < width)
+        place = rows * width + columns
         da = tl.load(da_ptr + place, mask=inside, other=0.0).to(tl.float32)
         if LAYOUT == "ungated":
             z = tl.load(z_ptr + place, mask=inside, other=0.0).to(tl.float32)
             if BIAS:
-                at = expert[:, None] * width + columns[None, :]
-                z += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                z += tl.load(bias_ptr + expert.to(tl.int64) * width + columns, mask=columns < width, other=0.0)
             a, slope = _act(z, KIND)
-            tl.store(dz_ptr + place, (scale * da * slope).to(dz_ptr.dtype.element_ty), mask=inside)
+            dz = scale * da * slope
+            tl.store(dz_ptr + place, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+            if DBIAS:
+                sums = tl.sum(dz, 0)[None, :]
+                tl.store(dbias_ptr + tile.to(tl.int64) * width + columns, sums, mask=columns < width)
         else:
-            gate, up = _load_pair(z_ptr, rows, real, first, width, LAYOUT, ROWS, COLUMNS)
+            gate, up = _load_pair(z_ptr + rows * 2 * width, first, width, real, LAYOUT, ROWS, COLUMNS)
             if BIAS:
-                gate_bias, up_bias = _load_pair(bias_ptr, expert, real, first, width, LAYOUT, ROWS, COLUMNS)
+                bias = bias_ptr + expert.to(tl.int64) * 2 * width
+                gate_bias, up_bias = _load_pair(bias, first, width, one, LAYOUT, 1, COLUMNS)
                 gate += gate_bias
                 up += up_bias
             a, by_gate, by_up = _gated(gate, up, KIND, ALPHA, LIMIT)
-            dgate = (scale * da * by_gate).to(dz_ptr.dtype.element_ty)
-            dup = (scale * da * by_up).to(dz_ptr.dtype.element_ty)
-            base = dz_ptr + rows[:, None] * (2 * width)
-            if LAYOUT == "interleaved":
-                pair = 2 * first + tl.arange(0, 2 * COLUMNS)
-                known = real[:, None] & (pair[None, :] < 2 * width)
-                tl.store(base + pair[None, :], tl.reshape(tl.join(dgate, dup), (ROWS, 2 * COLUMNS)), mask=known)
-            else:
-                tl.store(base + columns[None, :], dgate, mask=inside)
-                tl.store(base + width + columns[None, :], dup, mask=inside)
-        dot += tl.sum(tl.where(inside, da * a, 0.0), 1)
+            dgate = scale * da * by_gate
+            dup = scale * da * by_up
+            _store_pair(dz_ptr + rows * 2 * width, dgate, dup, first, width, real, LAYOUT, ROWS, COLUMNS)
+            if DBIAS:
+                sums = dbias_ptr + tile.to(tl.int64) * 2 * width
+                gate_sum, up_sum = tl.sum(dgate, 0)[None, :], tl.sum(dup, 0)[None, :]
+                _store_pair(sums, gate_sum, up_sum, first, width, one, LAYOUT, 1, COLUMNS)
+        dot += da * a  # da is 0 outside
         if SCALED:
             tl.store(scaled_ptr + place, (scale * a).to(scaled_ptr.dtype.element_ty), mask=inside)
-    routed = tl.load(offsets_ptr + E - 1)  # the rows of sentinels hold anything: their gradient is 0
-    tl.store(dweights_ptr + slot, tl.where(rows < routed, dot, 0.0), mask=real)
+    tl.store(dweights_ptr + slot, tl.sum(dot, 1)[:, None], mask=real)
