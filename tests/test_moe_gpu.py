@@ -271,6 +271,7 @@ def test_a_whole_model_under_checkpointing_trains_without_a_host_sync(reentrant)
         intermediate_size=512, num_experts_per_tok=4, **SHAPES["qwen3"],
     )  # fmt: skip
     torch.manual_seed(0)
+    config._attn_implementation = "eager"  # SDPA's backward under a mask is not deterministic
     model = transformers.Qwen3MoeForCausalLM(config).cuda().bfloat16().train()
     ids = torch.randint(0, 128, (2, 512), device="cuda")
 

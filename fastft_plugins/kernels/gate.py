@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastft_plugins.kernels.dispatch import Kernel, choose
-from fastft_plugins.kernels.rows import Rows, segment_sum
 from fastft_plugins.kernels.triton_support import TensorCall, triton_kernel, triton_rejects
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -76,23 +75,17 @@ def gate_forward(gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, order_S: Tens
 
 def gate_backward(
     gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, da_SI: Tensor, weights_S: Tensor, order_S: Tensor,
-    offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None, *, want_bias: bool,
-) -> Tensor | None:  # fmt: skip
+    offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None,
+) -> None:  # fmt: skip
     """The backward of s · (a @ W2) through a, given ``da_SI`` = dO @ W2ᵀ without the routing weight s.
 
     ``weights_S`` holds s by slot (token · K + k), ``order_S`` the slot of each row. Written are:
         ``dz_SN``: act'(z + b) · (s · da); it may be ``z_SN`` itself.
         ``dweights_S``: fp32 (fp64 for fp64 input), at the slot of each row, ds = ⟨da, a⟩; untouched for sentinels.
         ``scaled_SI``: s · a, if given.
-
-    Returns:
-        The bias gradient ``[E, N]``, the sum of each expert's dz in the dtype of ``dweights_S``, if wanted.
     """
     run = choose("gate_backward", GateCall(z_SN.device, z_SN.dtype, gate.kind)).kernel.run
-    dbias_EN: Tensor | None = run(
-        gate, z_SN, bias_EN, da_SI, weights_S, order_S, offsets_E, dz_SN, dweights_S, scaled_SI, want_bias
-    )
-    return dbias_EN
+    run(gate, z_SN, bias_EN, da_SI, weights_S, order_S, offsets_E, dz_SN, dweights_S, scaled_SI)
 
 
 def _input(gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, offsets_E: Tensor) -> Tensor:
@@ -113,8 +106,8 @@ def reference_gate_forward(
 
 def reference_gate_backward(
     gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, da_SI: Tensor, weights_S: Tensor, order_S: Tensor,
-    offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None, want_bias: bool,
-) -> Tensor | None:  # fmt: skip
+    offsets_E: Tensor, dz_SN: Tensor, dweights_S: Tensor, scaled_SI: Tensor | None,
+) -> None:  # fmt: skip
     with torch.enable_grad():
         input_SN = _input(gate, z_SN.detach(), bias_EN, offsets_E).detach().requires_grad_()
         a_SI = gate(input_SN)
@@ -129,7 +122,6 @@ def reference_gate_backward(
     if scaled_SI is not None:
         scaled_SI.copy_(scale_S1 * a_SI)
     dz_SN.copy_(dinput_SN)
-    return segment_sum(Rows(dinput_SN.to(dweights_S.dtype)), offsets_E) if want_bias else None
 
 
 def _triton_rejects(call: GateCall) -> str | None:

@@ -100,9 +100,15 @@ def _tma_rejects(call: MatmulCall) -> str | None:
         return "is tuned for compute capability 9.0"
     if call.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, got {call.dtype}"
-    if call.inner % 64 or call.width % 8 or not call.dense:
-        return f"needs a dense weight with an inner width in steps of 64, got {call.inner} by {call.width}"
+    if call.inner % 8 or call.width % 8:
+        return f"needs widths that are multiples of 8, got {call.inner} and {call.width}"
     return _too_narrow(call)
+
+
+def _tma_product_rejects(call: MatmulCall) -> str | None:
+    if call.inner % 64 or not call.dense:
+        return f"needs a dense weight and an inner width in steps of 64, got {call.inner}"
+    return _tma_rejects(call)
 
 
 def _too_narrow(call: MatmulCall) -> str | None:
@@ -152,13 +158,14 @@ def _triton_matmul_rejects(call: MatmulCall) -> str | None:
 
 
 GROUPED_MATMUL_KERNELS = (
-    Kernel("Triton with TMA", 0, _tma_rejects, triton_kernel("grouped_matmul_tma", "grouped_matmul")),
+    Kernel("Triton with TMA", 0, _tma_product_rejects, triton_kernel("grouped_matmul_tma", "grouped_matmul")),
     Kernel("torch grouped_mm", 10, _torch_rejects, _torch_matmul),
     Kernel("Triton", 50, _triton_matmul_rejects, triton_kernel("grouped_matmul", "grouped_matmul")),
     Kernel("loop over experts", 100, lambda call: None, reference_grouped_matmul),
 )
 GROUPED_WEIGHT_GRAD_KERNELS = (
     Kernel("torch grouped_mm", 0, _torch_rejects, _torch_weight_grad),
+    Kernel("Triton with TMA", 10, _tma_rejects, triton_kernel("grouped_matmul_tma", "grouped_weight_grad")),
     Kernel("Triton", 50, _triton_matmul_rejects, triton_kernel("grouped_matmul", "grouped_weight_grad")),
     Kernel("loop over experts", 100, lambda call: None, reference_grouped_weight_grad),
 )

@@ -111,7 +111,6 @@ class _Experts(torch.autograd.Function):
 
         dz_SN = torch.empty_like(z_SN) if _graph_is_kept() else z_SN
         dscales_S = torch.zeros(scales_S.shape, dtype=_sum_dtype(z_SN), device=z_SN.device)  # stays so for sentinels
-        db1_EN: Tensor | None = None
         scaled_SI = None
         if need_down.weight or need_down.lora_a:
             scaled_SI = z_SN.new_empty((z_SN.shape[0], w2.shape[1]))
@@ -120,12 +119,10 @@ class _Experts(torch.autograd.Function):
             da_SI = _project_back(part, down, ends_E)
             if not need_down.weight:
                 part.release()
-            sums_EN = gate_backward(
+            gate_backward(
                 ctx.gate, z_SN[span], b1, da_SI, scales_S, order_S[span], ends_E, dz_SN[span], dscales_S,
-                None if scaled_SI is None else scaled_SI[span], want_bias=bool(need_up.bias),
+                None if scaled_SI is None else scaled_SI[span],
             )  # fmt: skip
-            if sums_EN is not None:
-                db1_EN = sums_EN if db1_EN is None else db1_EN + sums_EN
             del part, da_SI
         ddown = _parameter_grads(scaled_SI, douts, down, need_down, low2_SR, offsets_E, scales_S, order_S)
         del scaled_SI, douts
@@ -141,10 +138,7 @@ class _Experts(torch.autograd.Function):
             dx_SH = _project_back(dzs, up, offsets_E)
             dx_TH = combine_rows(dx_SH, inverse_S.view_as(ids_TK), offsets_E)
             del dx_SH
-        need_up = need_up._replace(bias=None)  # the activation's backward made it
         dup = _parameter_grads(Rows(x_TH, token_S), dzs, up, need_up, low1_SR, offsets_E)
-        if b1 is not None and db1_EN is not None:
-            dup = dup._replace(bias=db1_EN.to(b1.dtype))
         return dx_TH, dweights_TK, *dup, *ddown, None, None, None, None
 
 

@@ -74,17 +74,19 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Te
 
 
 def grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
-    """See `fastft_plugins.kernels.grouped_matmul.grouped_weight_grad`."""
-    rows_XK, index_S, grad_XN, grad_index_S = rows.source_XH, rows.index_S, grads.source_XH, grads.index_S
-    inner, width, experts = rows_XK.shape[1], grad_XN.shape[1], offsets_E.numel()
-    out_EKN = torch.empty((experts, inner, width), dtype=rows_XK.dtype, device=rows_XK.device)
-    tiles = _tiles_on(rows_XK.device)[1]
+    """See `fastft_plugins.kernels.grouped_matmul.grouped_weight_grad`.
+
+    The rows are gathered first: read through an index, the product ran at 410 instead of 480 TFLOP/s on an H200.
+    """
+    rows_SK, grads_SN = rows.gathered(), grads.gathered()
+    inner, width, experts = rows_SK.shape[1], grads_SN.shape[1], offsets_E.numel()
+    out_EKN = torch.empty((experts, inner, width), dtype=rows_SK.dtype, device=rows_SK.device)
+    tiles = _tiles_on(rows_SK.device)[1]
     if out_EKN.numel():
         high, wide = _fitting(tiles.rows, inner), _fitting(tiles.columns, width)
         grid = (triton.cdiv(inner, high) * triton.cdiv(width, wide), experts)
         _weight_grad[grid](
-            rows_XK, index_S, grad_XN, grad_index_S, out_EKN, offsets_E, inner, width,
-            rows_XK.stride(0), grad_XN.stride(0), INDEXED=index_S is not None, GRAD_INDEXED=grad_index_S is not None,
+            rows_SK, grads_SN, out_EKN, offsets_E, inner, width, rows_SK.stride(0), grads_SN.stride(0),
             HIGH=high, WIDE=wide, STEP=tiles.inner, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return out_EKN
@@ -132,9 +134,8 @@ def _product(
 
 @triton.jit
 def _weight_grad(
-    rows_ptr, index_ptr, grad_ptr, grad_index_ptr, out_ptr, offsets_ptr, inner, width,
-    stride_row, stride_grad,
-    INDEXED: tl.constexpr, GRAD_INDEXED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr,
+    rows_ptr, grads_ptr, out_ptr, offsets_ptr, inner, width, stride_row, stride_grad,
+    HIGH: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
     start = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
@@ -144,22 +145,10 @@ def _weight_grad(
     wide = tl.program_id(0) % wide_tiles * WIDE + tl.arange(0, WIDE)
     total = tl.zeros((HIGH, WIDE), tl.float32)
     for first in range(start, end, STEP):
-        row = first + tl.arange(0, STEP)
-        real = row < end
-        source, grad_source = row.to(tl.int64), row.to(tl.int64)
-        if INDEXED:
-            source = tl.load(index_ptr + row, mask=real, other=0).to(tl.int64)
-        if GRAD_INDEXED:
-            grad_source = tl.load(grad_index_ptr + row, mask=real, other=0).to(tl.int64)
-        a = tl.load(
-            rows_ptr + source[:, None] * stride_row + high[None, :],
-            mask=real[:, None] & (high[None, :] < inner), other=0.0,
-        )  # fmt: skip
-        b = tl.load(
-            grad_ptr + grad_source[:, None] * stride_grad + wide[None, :],
-            mask=real[:, None] & (wide[None, :] < width), other=0.0,
-        )  # fmt: skip
+        row = (first + tl.arange(0, STEP))[:, None].to(tl.int64)
+        a = tl.load(rows_ptr + row * stride_row + high, mask=(row < end) & (high < inner)[None, :], other=0.0)
+        b = tl.load(grads_ptr + row * stride_grad + wide, mask=(row < end) & (wide < width)[None, :], other=0.0)
         total = tl.dot(tl.trans(a), b, total)
-    out_ptrs = out_ptr + expert.to(tl.int64) * inner * width + high[:, None].to(tl.int64) * width + wide[None, :]
+    out_ptrs = out_ptr + (expert.to(tl.int64) * inner + high[:, None]) * width + wide[None, :]
     inside = (high[:, None] < inner) & (wide[None, :] < width)
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -127,11 +127,10 @@ def _weight_grad(
         highs = high + tl.arange(0, HIGH)
         wides = wide + tl.arange(0, WIDE)
         if whole < end:  # the last rows, without those of the next expert, which may be anything
-            row = (whole + tl.arange(0, STEP))[:, None].to(tl.int64)
-            a = tl.load(rows_ptr + row * inner + highs[None, :], mask=(row < end) & (highs < inner)[None, :], other=0.0)
-            b = tl.load(
-                grads_ptr + row * width + wides[None, :], mask=(row < end) & (wides < width)[None, :], other=0.0
-            )
+            last = (whole + tl.arange(0, STEP))[:, None].to(tl.int64)
+            a_inside, b_inside = (last < end) & (highs < inner)[None, :], (last < end) & (wides < width)[None, :]
+            a = tl.load(rows_ptr + last * inner + highs[None, :], mask=a_inside, other=0.0)
+            b = tl.load(grads_ptr + last * width + wides[None, :], mask=b_inside, other=0.0)
             total = tl.dot(a.T, b, total)
         out_ptrs = out_ptr + (expert.to(tl.int64) * inner + highs[:, None]) * width + wides[None, :]
         tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(highs[:, None] < inner) & (wides[None, :] < width))

@@ -26,24 +26,17 @@ def segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None) -> Tens
     width, segments = rows_XN.shape[1], offsets_E.numel()
     tiles = triton.cdiv(size, _ROWS) + segments
     partial_PN = torch.empty((tiles, width), dtype=torch.float32, device=rows_XN.device)
-    columns = min(128, triton.next_power_of_2(width))
-    _sum_rows[(triton.cdiv(width, columns), tiles)](
+    out_EN = torch.empty((segments, width), dtype=torch.float32, device=rows_XN.device)
+    columns, padded = min(128, triton.next_power_of_2(width)), triton.next_power_of_2(segments)
+    blocks = triton.cdiv(width, columns)
+    _sum_rows[(blocks, tiles)](
         rows_XN, index_S, weights_S, offsets_E, partial_PN, width, segments, rows_XN.stride(0),
-        INDEXED=index_S is not None, WEIGHTED=weights_S is not None, SEGMENTS=triton.next_power_of_2(segments),
-        ROWS=_ROWS, STEP=32, COLUMNS=columns, num_warps=4,
+        INDEXED=index_S is not None, WEIGHTED=weights_S is not None, SEGMENTS=padded, ROWS=_ROWS, STEP=32,
+        COLUMNS=columns, num_warps=4,
     )  # fmt: skip
-    return sum_tiles(partial_PN, offsets_E, _ROWS)
-
-
-def sum_tiles(partial_PN: Tensor, offsets_E: Tensor, rows: int) -> Tensor:
-    """The sum of each segment's tiles of ``rows`` rows, as `find_tile` numbers them: fp32 ``[E, N]``."""
-    width, segments = partial_PN.shape[1], offsets_E.numel()
-    out_EN = torch.empty((segments, width), dtype=torch.float32, device=partial_PN.device)
-    columns = min(128, triton.next_power_of_2(width))
-    _sum_tiles[(triton.cdiv(width, columns), segments)](
-        partial_PN, offsets_E, out_EN, width, segments,
-        SEGMENTS=triton.next_power_of_2(segments), ROWS=rows, STEP=32, COLUMNS=columns, num_warps=4,
-    )  # fmt: skip
+    _sum_tiles[(blocks, segments)](
+        partial_PN, offsets_E, out_EN, width, segments, SEGMENTS=padded, ROWS=_ROWS, COLUMNS=columns, num_warps=4
+    )
     return out_EN
 
 
@@ -76,19 +69,17 @@ def _sum_rows(
 @triton.jit
 def _sum_tiles(
     partial_ptr, offsets_ptr, out_ptr, width, segments,
-    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(1)
     lanes = tl.arange(0, SEGMENTS)
     starts = tl.load(offsets_ptr + lanes - 1, mask=(lanes > 0) & (lanes < segments), other=0)
     ends = tl.load(offsets_ptr + lanes, mask=lanes < segments, other=0)
     tiles = tl.where(lanes < segments, (ends - starts + ROWS - 1) // ROWS, 0)
+    first = tl.sum(tl.where(lanes < segment, tiles, 0), 0)
     last = tl.sum(tl.where(lanes <= segment, tiles, 0), 0)
-    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    total = tl.zeros((STEP, COLUMNS), tl.float32)
-    for first in range(tl.sum(tl.where(lanes < segment, tiles, 0), 0), last, STEP):
-        tile = (first + tl.arange(0, STEP))[:, None].to(tl.int64)
-        inside = (tile < last) & (columns < width)
-        total += tl.load(partial_ptr + tile * width + columns, mask=inside, other=0.0)
-    sums = tl.sum(total, 0)[None, :]
-    tl.store(out_ptr + tl.cast(segment, tl.int64) * width + columns, sums, mask=columns < width)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for tile in range(first, last):
+        total += tl.load(partial_ptr + tl.cast(tile, tl.int64) * width + columns, mask=columns < width, other=0.0)
+    tl.store(out_ptr + tl.cast(segment, tl.int64) * width + columns, total, mask=columns < width)
