@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import json
 import shlex
 import statistics
@@ -109,14 +108,14 @@ def _times(block: Block, steps: int) -> list[float]:
     """Milliseconds of each forward and backward, the steps right after one another, as in training."""
     if not block.x.is_cuda:
         return [_clock(block) for _ in range(steps)]
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(steps)]
+    for start, end in marks:
         block.forget_grads()
+        start.record()
         block.step()
-        mark.record()
+        end.record()
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
+    return [start.elapsed_time(end) for start, end in marks]
 
 
 def _clock(block: Block) -> float:
