@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 KINDS = {
@@ -63,3 +64,28 @@ def gradients(forward: Any, module: Any, x: Tensor, ids: Tensor, weights: Tensor
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     grads = torch.autograd.grad(out, list(wanted.values()), dout, allow_unused=True, materialize_grads=True)
     return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 97, "num_experts": 4,
+    "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True,
+    "initializer_range": 0.2,
+}  # fmt: skip
+LATENT = {
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "q_lora_rank": 8, "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def tiny_causal_lm(family: str = "Qwen3Moe", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A model with two layers of experts, in training mode."""
+    torch.manual_seed(0)
+    sizes = SIZES | (LATENT if family == "DeepseekV3" else {}) | overrides
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes))
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the one that serves it
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "sinks" in name:  # zero at first, which would hide a missing one
+            nn.init.normal_(parameter, std=0.5)
+    return model.to(dtype).train()

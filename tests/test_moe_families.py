@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from fastft_hf.experts import _is_experts
-from moe_helpers import gradients, stock_forward
+from moe_helpers import gradients, stock_forward, tiny_causal_lm
 from torch.testing import assert_close
 
 from fastft_plugins import apply
@@ -133,30 +133,9 @@ def test_gates_are_recognised(model, name, kind, layout):
         assert gate.alpha == getattr(module, "alpha", None) or gate.alpha == module.swiglu_alpha
 
 
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 97, "num_experts": 4,
-    "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True,
-    "initializer_range": 0.2,
-}  # fmt: skip
-LATENT = {
-    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "q_lora_rank": 8, "kv_lora_rank": 8,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
-}  # fmt: skip
-
-
-def tiny_causal_lm(family: str) -> transformers.PreTrainedModel:
-    config = getattr(transformers, f"{family}Config")(**SIZES | (LATENT if family == "DeepseekV3" else {}))
-    return getattr(transformers, f"{family}ForCausalLM")(config).double().train()
-
-
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss", "Mixtral", "DeepseekV3"])
 def test_a_whole_model_has_the_loss_and_gradients_of_stock(family):
-    model, ids = tiny_causal_lm(family), torch.randint(97, (2, 13))
-    model.set_experts_implementation("eager")  # the one that serves fp64
-    for name, parameter in model.named_parameters():
-        if "bias" in name or "sinks" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+    model, ids = tiny_causal_lm(family, torch.float64), torch.randint(97, (2, 13))
 
     def loss_and_gradients():
         loss = model(input_ids=ids, labels=ids).loss
