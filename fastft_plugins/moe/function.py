@@ -14,7 +14,9 @@ of z (2·I, or I without a gate), R rank of LoRA.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ from fastft_plugins.kernels.gate import Gate, gate_backward, gate_forward
 from fastft_plugins.kernels.grouped_matmul import grouped_matmul, grouped_weight_grad
 from fastft_plugins.kernels.rows import Rows, combine_rows, segment_sum
 from fastft_plugins.moe.routing import Routing
+
+_T = TypeVar("_T")
 
 
 class Projection(NamedTuple):
@@ -57,6 +61,17 @@ def run_experts(
     """
     out: Tensor = _Experts.apply(x_TH, weights_TK, *up, *down, ids_TK, routing, gate, combine)  # type: ignore[no-untyped-call]
     return out
+
+
+def _without_autocast(backward: Callable[[Any, Tensor], _T]) -> Callable[[Any, Tensor], _T]:
+    """The caller of a backward may be under autocast still, which would lower the precision of its fp32 products."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, dout: Tensor) -> _T:
+        with torch.autocast(dout.device.type, enabled=False):
+            return backward(ctx, dout)
+
+    return run
 
 
 class _Experts(torch.autograd.Function):
@@ -97,6 +112,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (
             x_TH, weights_TK, w1, b1, a1, c1, w2, b2, a2, c2,

@@ -30,8 +30,10 @@ def _recognise(module: Any) -> Gate:
     floats = {float(value) for value in vars(module).values() if isinstance(value, float) and value > 0}
     # Wide enough to pass every clamp, dense enough to tell the kinds of GELU apart.
     reach = 4 * max([2.0, *floats])
-    probe = torch.linspace(-reach, reach, _WIDTH * 33).reshape(33, _WIDTH)
-    probe = torch.cat([probe, probe / reach * 3, probe.flip(0)[:, torch.randperm(_WIDTH, generator=_seed())]])
+    # Device and dtype by name: the model may be built and run under other defaults.
+    probe = torch.linspace(-reach, reach, _WIDTH * 33, dtype=torch.float32, device="cpu").reshape(33, _WIDTH)
+    shuffled = torch.randperm(_WIDTH, generator=_seed(), device="cpu")
+    probe = torch.cat([probe, probe / reach * 3, probe.flip(0)[:, shuffled]])
     try:
         with torch.no_grad():
             expected = function(probe)
@@ -55,7 +57,7 @@ def _candidates(layout: str, floats: set[float]) -> Iterator[Gate]:
 
 
 def _seed() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    return torch.Generator("cpu").manual_seed(0)
 
 
 def _weakly(module: Any) -> Any:

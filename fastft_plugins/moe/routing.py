@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastft_plugins.kernels.counting_sort import counting_sort
@@ -38,7 +39,7 @@ def route(top_k_index_TK: Tensor, num_experts: int) -> Routing:
         ValueError: if the ids are no ``[T, K]`` integers, if there is no expert, or if T·K needs more than 31 bits.
     """
     dtype = top_k_index_TK.dtype
-    if top_k_index_TK.dim() != 2 or dtype.is_floating_point or dtype.is_complex:
+    if top_k_index_TK.dim() != 2 or dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise ValueError(
             f"top_k_index_TK: has shape {list(top_k_index_TK.shape)} and {dtype}; needs integers of shape [tokens, k]"
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -35,6 +35,8 @@ def inject_experts(run: Run, experts_fn: Callable[..., Tensor]) -> str | None:
     experts = [module for module in run.model.modules() if _is_experts(module)]
     if not experts:
         raise NothingToWin("the model has no experts behind transformers' experts interface")
+    if isinstance(run.model, nn.DataParallel) or getattr(getattr(run.target.trainer, "args", None), "n_gpu", 1) > 1:
+        raise Declined("DataParallel copies the experts to every GPU at each step; launch one process per GPU")
     kept = Counter(reason for module in experts if (reason := _why_not(module)) is not None)
     served = [module for module in experts if _why_not(module) is None]
     if not served:
@@ -69,20 +71,36 @@ def _why_not(module: Any) -> str | None:
     implementation = module.config._experts_implementation
     if implementation not in _REPLACED:
         return f"experts implementation '{implementation}' is kept: it was asked for by name"
-    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    for name in (first, "down_proj"):
         weight = getattr(module, name, None)
         if not isinstance(weight, Tensor) or weight.dim() != 3:
             return f"{name} is not one weight for all experts"
         if weight.dtype not in _DTYPES:
             return f"{name} is stored as {weight.dtype}"
+    for name, _ in module.named_parameters():  # biases begin as their weights do
+        if not name.startswith((first, "down_proj", "post_expert_norm.")):
+            return f"{name} is a weight of the activation, and only stock computes its gradient"
     return None
 
 
+class _Config:
+    """A module's config that names the function registered here. A copy or pickle of it is the config itself."""
+
+    _experts_implementation = _EXPERTS_NAME
+
+    def __init__(self, stock: Any) -> None:
+        self._fastft_stock_config = stock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fastft_stock_config, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return operator.getitem, ((self._fastft_stock_config,), 0)
+
+
 def _install(run: Run, module: Any, experts_fn: Callable[..., Tensor]) -> None:
-    config = copy.copy(module.config)
-    config._experts_implementation_internal = _EXPERTS_NAME
-    config._fastft_stock_config = module.config
-    run.ledger.setattr(module, "config", config)
+    run.ledger.setattr(module, "config", _Config(module.config))
     _active[module] = experts_fn
     reference = weakref.ref(module)
 

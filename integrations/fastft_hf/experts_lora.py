@@ -26,27 +26,28 @@ def inject_lora(
     count = 0
     for wrapper in wrappers:
         if id(wrapper) not in inner and id(_chain(wrapper)[-1]) in served:
-            run.ledger.setattr(wrapper, "forward", _forward_of(wrapper, experts_fn, serves))
+            run.ledger.setattr(wrapper, "forward", _Forward(wrapper, experts_fn, serves))
             count += 1
     return count
 
 
-def _forward_of(
-    wrapper: Any, experts_fn: Callable[..., Tensor], serves: Callable[[nn.Module], bool]
-) -> Callable[..., Any]:
-    stock, reference = type(wrapper).forward, weakref.ref(wrapper)
+class _Forward:
+    """The forward of a wrapper. A copy or pickle of it is the stock forward of the wrapper's copy."""
 
-    @functools.wraps(stock)
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        wrapper = reference()
-        assert wrapper is not None
+    def __init__(self, wrapper: Any, experts_fn: Callable[..., Tensor], serves: Callable[[nn.Module], bool]) -> None:
+        self._wrapper, self._experts_fn, self._serves = weakref.ref(wrapper), experts_fn, serves
+        functools.update_wrapper(self, type(wrapper).forward)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        wrapper: Any = self._wrapper()
         *wrappers, module = _chain(wrapper)
-        if kwargs or not serves(module) or not all(_is_plain(each) for each in (*wrappers, module)):
-            return stock(wrapper, hidden_states, *args, **kwargs)
+        if kwargs or not self._serves(module) or not all(_is_plain(each) for each in (*wrappers, module)):
+            return type(wrapper).forward(wrapper, hidden_states, *args, **kwargs)
         lora = {each.parameter_name: _factors(each) for each in wrappers}
-        return experts_fn(module, hidden_states, *args, lora=lora)
+        return self._experts_fn(module, hidden_states, *args, lora=lora)
 
-    return forward
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return getattr, (self._wrapper(), "forward")  # the copy's own attributes are not set yet
 
 
 def _chain(wrapper: Any) -> list[Any]:
@@ -59,7 +60,7 @@ def _chain(wrapper: Any) -> list[Any]:
 
 def _is_plain(module: Any) -> bool:
     """Whether nothing but one active adapter stands between the experts and their input."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
         return False
     if type(module).__name__ != "ParamWrapper":
         return True
