@@ -22,6 +22,7 @@ def gate_forward(
     """See `fastft_plugins.kernels.gate.gate_forward`."""
     size, width = z_SN.shape[0], z_SN.shape[1] if gate.layout == "ungated" else z_SN.shape[1] // 2
     a_SI = torch.empty((size, width), dtype=z_SN.dtype, device=z_SN.device)
+    bias_EN = None if bias_EN is None else bias_EN.contiguous()
     if a_SI.numel():
         columns = min(triton.next_power_of_2(width), 256)
         rows = 1024 // columns
@@ -40,6 +41,7 @@ def gate_backward(
 ) -> None:  # fmt: skip
     """See `fastft_plugins.kernels.gate.gate_backward`."""
     size, width = da_SI.shape
+    bias_EN = None if bias_EN is None else bias_EN.contiguous()
     if da_SI.numel():
         # On an H200, 1024 columns of one row are 10 % faster for gpt-oss (2,880 wide), 4 rows of 256 for Qwen3 (768).
         columns = min(triton.next_power_of_2(width), 1024 if width >= 1024 else 256)
@@ -49,6 +51,17 @@ def gate_backward(
             offsets_E.numel(), KIND=gate.kind, LAYOUT=gate.layout, ALPHA=gate.alpha, LIMIT=gate.limit,
             BIAS=bias_EN is not None, SCALED=scaled_SI is not None, ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
+
+
+@triton.jit
+def _at_most(x, limit: tl.constexpr):
+    """x clamped from above. NaN stays NaN, as in torch's clamp and unlike in the hardware's minimum."""
+    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _at_least(x, limit: tl.constexpr):
+    return tl.maximum(x, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -69,7 +82,7 @@ def _act(x, KIND: tl.constexpr):
         slope = half + x * 2.0 * half * (1.0 - half) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
     else:
         tl.static_assert(KIND == "relu2")
-        positive = tl.maximum(x, 0.0)
+        positive = _at_least(x, 0.0)
         value = positive * positive
         slope = 2.0 * positive
     return value, slope
@@ -79,16 +92,14 @@ def _act(x, KIND: tl.constexpr):
 def _gated(gate, up, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """a, and its derivatives by gate and by up."""
     if KIND == "clamped_swiglu":  # gpt-oss: (up + 1) · gate · sigmoid(alpha · gate), both clamped
-        low = tl.minimum(gate, LIMIT)
-        middle = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        low, middle = _at_most(gate, LIMIT), _at_most(_at_least(up, -LIMIT), LIMIT)
         sigmoid = tl.sigmoid(ALPHA * low)
         glu = low * sigmoid
         value = (middle + 1.0) * glu
         dgate = tl.where(gate <= LIMIT, (middle + 1.0) * sigmoid * (1.0 + ALPHA * low * (1.0 - sigmoid)), 0.0)
         dup = tl.where((up >= -LIMIT) & (up <= LIMIT), glu, 0.0)
     elif KIND == "limited_silu":  # silu(gate clamped from above) · (up clamped)
-        low = tl.minimum(gate, LIMIT)
-        middle = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        low, middle = _at_most(gate, LIMIT), _at_most(_at_least(up, -LIMIT), LIMIT)
         active, slope = _act(low, "silu")
         value = active * middle
         dgate = tl.where(gate <= LIMIT, middle * slope, 0.0)
@@ -126,7 +137,7 @@ def _row_expert(ids_ptr, order_ptr, rows, size, E):
     return tl.where((expert < 0) | (expert >= E), E - 1, expert)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["order_ptr"])
 def _forward(
     z_ptr, bias_ptr, ids_ptr, order_ptr, a_ptr, size, width, E,
     KIND: tl.constexpr, LAYOUT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr,
@@ -154,7 +165,7 @@ def _forward(
     tl.store(a_ptr + rows[:, None] * width + columns[None, :], a.to(a_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["order_ptr"])
 def _backward(
     z_ptr, bias_ptr, da_ptr, weights_ptr, ids_ptr, order_ptr, offsets_ptr, dz_ptr, dweights_ptr, scaled_ptr,
     size, width, E,
