@@ -69,27 +69,42 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _qwen3(1024, 3072, 28, heads=16, tied=True),
     "qwen3-4b": _qwen3(2560, 9728, 36, heads=32, tied=True),
     "qwen3-14b": _qwen3(5120, 17408, 40, heads=40, tied=False),
+    "qwen3-30b-a3b": {
+        **_qwen3(2048, 6144, 48, heads=32, tied=False),
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
+    "gpt-oss-20b": {"model_type": "gpt_oss"},  # the defaults of its config are this model's
     "tiny-llama": {"model_type": "llama", **_TINY},
     "tiny-qwen3": {"model_type": "qwen3", **_TINY},
 }
 
 
 def vocab_size(shape: str) -> int:
-    return int(SHAPES[shape]["vocab_size"])
+    values = SHAPES[shape]
+    return int(AutoConfig.for_model(**values).vocab_size)
 
 
 def build_model(settings: Settings) -> torch.nn.Module:
-    """The shape's stock model with sdpa attention, on the device, in training mode, with LoRA adapters if asked for."""
+    """The shape's stock model, on the device, in training mode, with LoRA adapters if asked for.
+
+    Attention is sdpa, or eager where the model has sinks, which sdpa lacks.
+    """
     values = dict(SHAPES[settings.shape])
     if settings.layers is not None:
         values["num_hidden_layers"] = settings.layers
     config = AutoConfig.for_model(**values)
     config.use_cache = False
+    attention = "eager" if config.model_type == "gpt_oss" else "sdpa"
     torch.manual_seed(settings.seed)
     # On the device at once: drawing billions of numbers on the host would take minutes.
     with settings.torch_device():
         model: torch.nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=settings.torch_dtype(), attn_implementation="sdpa"
+            config, dtype=settings.torch_dtype(), attn_implementation=attention
         )
         if settings.trainable == "lora":
             model = _with_lora(model)

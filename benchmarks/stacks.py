@@ -54,6 +54,14 @@ def _fastft_packed(settings: Settings) -> dict[str, Any]:
     return measure_trainer(settings, DataCollatorWithFlattening(), [FastFTCallback()])
 
 
+@stack("packed-stock-experts")
+def _packed_stock_experts(settings: Settings) -> dict[str, Any]:
+    """the packed Trainer with FastFTCallback({"moe": "off"}): what the experts of fastft-packed are held to"""
+    from fastft_plugins import FastFTCallback
+
+    return measure_trainer(settings, DataCollatorWithFlattening(), [FastFTCallback({"moe": "off"})])
+
+
 @stack("varlen-rebuilt")
 def _varlen_rebuilt(settings: Settings) -> dict[str, Any]:
     """forward + backward: our attention, its metadata rebuilt from position_ids in every layer"""

@@ -1,4 +1,5 @@
-"""What every test shares: one CPU thread, fixed seeds, no leaked environment variables, GPU tests only with a GPU."""
+"""What every test shares: one CPU thread, fixed seeds, no leaked environment variables; without a GPU no GPU tests,
+and Triton under its interpreter."""
 
 from __future__ import annotations
 
@@ -12,6 +13,10 @@ import torch
 
 from fastft_plugins import manager as manager_module
 from fastft_plugins.manager import PluginManager
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is first imported, which importing torch does not do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Frameworks set these while they are imported or run, and keep them.
 SET_BY_FRAMEWORKS = (

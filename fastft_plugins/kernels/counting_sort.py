@@ -26,7 +26,8 @@ def counting_sort(ids_S: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
 
 def reference_counting_sort(ids_S: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same in plain torch."""
-    device, ids_S = ids_S.device, ids_S.long()  # int8 has no room for the number of experts
+    device = ids_S.device
+    ids_S = ids_S.long()  # before comparing: num_experts may not fit a narrower type
     buckets_S = torch.where((ids_S < 0) | (ids_S > num_experts), num_experts, ids_S)
     order_S = torch.argsort(buckets_S, stable=True)
     places_S = torch.arange(ids_S.numel(), dtype=torch.int32, device=device)

@@ -24,7 +24,7 @@ class MatmulCall(TensorCall):
 
     inner: int
     width: int
-    dense: bool = True  # the weight lies in memory as [E, K, N] or as [E, N, K]
+    dense: bool = True  # the weight lies in memory as [E, K, N] or as [E, N, K], from a multiple of 16 bytes on
     accumulate: bool = False
 
 
@@ -40,6 +40,7 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Te
     source = rows.source_XH
     _, inner, width = weight_EKN.shape
     dense = weight_EKN.is_contiguous() or weight_EKN.transpose(1, 2).is_contiguous()
+    dense = dense and weight_EKN.data_ptr() % 16 == 0  # a view into a flat buffer of parameters may start anywhere
     call = MatmulCall(source.device, source.dtype, inner, width, dense, accumulate=out_SN is not None)
     product_SN: Tensor = choose("grouped_matmul", call).kernel.run(rows, weight_EKN, offsets_E, out_SN)
     return product_SN
@@ -128,6 +129,8 @@ def _torch_rejects(call: MatmulCall) -> str | None:
         return f"is a loop that waits for the GPU in {call.dtype}"
     if call.inner % 8 or call.width % 8:
         return f"needs widths that are multiples of 8, got {call.inner} and {call.width}"
+    if not call.dense:
+        return "needs a dense weight that starts at a multiple of 16 bytes"
     if not _torch_is_right(call.device):
         return "gave wrong products here when probed"
     return _too_narrow(call)

@@ -44,6 +44,10 @@ def triton_kernel(module: str, function: str) -> Callable[..., Any]:
     """A function of ``fastft_plugins.kernels.triton``, whose module is imported at the first call."""
 
     def run(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"fastft_plugins.kernels.triton.{module}"), function)(*arguments)
+        kernel = getattr(importlib.import_module(f"fastft_plugins.kernels.triton.{module}"), function)
+        # Triton launches on the current device, which a model spread over several GPUs does not change between layers.
+        tensors = (getattr(argument, "source_XH", argument) for argument in arguments)
+        with torch.cuda.device_of(next(tensor for tensor in tensors if isinstance(tensor, torch.Tensor))):
+            return kernel(*arguments)
 
     return run

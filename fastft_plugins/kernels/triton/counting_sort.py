@@ -40,26 +40,27 @@ def counting_sort(ids_S: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
 
 @triton.jit
 def _load_ids(ids_ptr, places, size, E):
-    """Ids as buckets: sentinels and places beyond the end go to bucket E."""
-    ids = tl.load(ids_ptr + places, mask=places < size, other=E).to(tl.int32)
-    return tl.where((ids < 0) | (ids > E), E, ids)
+    """Ids as buckets: sentinels and places beyond the end go to bucket E. Compared before the cast, which may wrap."""
+    inside = places < size
+    ids = tl.load(ids_ptr + places, mask=inside, other=0)
+    return tl.where(inside & (ids >= 0) & (ids < E), ids.to(tl.int32), E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _count(ids_ptr, table_ptr, size, E, P: tl.constexpr, BLOCK: tl.constexpr):
     block = tl.program_id(0)
     ids = _load_ids(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), size, E)
-    tl.store(table_ptr + block * P + tl.arange(0, P), tl.histogram(ids, P))
+    tl.store(table_ptr + block.to(tl.int64) * P + tl.arange(0, P), tl.histogram(ids, P))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _scan_blocks(table_ptr, counts_ptr, blocks, P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Replace each count by the sum of the counts above it in its column, and keep the column's total."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.int32)
     for first in range(0, blocks, ROWS):
         rows = first + tl.arange(0, ROWS)
-        pointers = table_ptr + rows[:, None] * P + columns[None, :]
+        pointers = table_ptr + rows[:, None].to(tl.int64) * P + columns[None, :]
         inside = rows[:, None] < blocks
         counts = tl.load(pointers, mask=inside, other=0)
         tl.store(pointers, total[None, :] + tl.cumsum(counts, 0) - counts, mask=inside)
@@ -67,7 +68,7 @@ def _scan_blocks(table_ptr, counts_ptr, blocks, P: tl.constexpr, ROWS: tl.conste
     tl.store(counts_ptr + columns, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _place(
     ids_ptr, table_ptr, offsets_ptr, order_ptr, inverse_ptr, size, E,
     P: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -78,7 +79,7 @@ def _place(
     ids = _load_ids(ids_ptr, places, size, E)
     block = chunk * CHUNK // BLOCK
     start = tl.load(offsets_ptr + ids - 1, mask=ids > 0, other=0)
-    start += tl.load(table_ptr + block * P + ids)
+    start += tl.load(table_ptr + block.to(tl.int64) * P + ids)
     earlier_here = (ids[None, :] == ids[:, None]) & (lane[None, :] < lane[:, None])
     start += tl.sum(earlier_here.to(tl.int32), 1)
     for before in range(block * BLOCK, chunk * CHUNK, CHUNK):

@@ -63,7 +63,7 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Te
     tiles = _tiles_on(rows_XK.device)[0]
     if size and width:
         columns, step = _fitting(tiles.columns, width), _fitting(tiles.inner, inner)
-        grid = (triton.cdiv(width, columns), triton.cdiv(size, tiles.rows) + experts)
+        grid = (triton.cdiv(width, columns) * (triton.cdiv(size, tiles.rows) + experts),)
         _product[grid](
             rows_XK, index_S, weight_EKN, out_SN, offsets_E, width, inner, experts,
             rows_XK.stride(0), *weight_EKN.stride(), out_SN.stride(0),
@@ -97,14 +97,16 @@ def _fitting(tile: int, width: int) -> int:
     return min(tile, max(16, 1 << (width - 1).bit_length()))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["index_ptr"])
 def _product(
     rows_ptr, index_ptr, weight_ptr, out_ptr, offsets_ptr, width, inner, E,
     stride_row, stride_expert, stride_inner, stride_width, stride_out,
     INDEXED: tl.constexpr, ACCUMULATE: tl.constexpr, EXPERTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    expert, first, end = find_tile(offsets_ptr, E, tl.program_id(1), EXPERTS, ROWS)
+    column_tiles = (width + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // column_tiles  # one axis for both: the others end at 65,535
+    expert, first, end = find_tile(offsets_ptr, E, tile, EXPERTS, ROWS)
     if expert < 0:
         return
     row = first + tl.arange(0, ROWS)
@@ -112,7 +114,7 @@ def _product(
     source = row.to(tl.int64)
     if INDEXED:
         source = tl.load(index_ptr + row, mask=real, other=0).to(tl.int64)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     step = tl.arange(0, INNER)
     a_ptrs = rows_ptr + source[:, None] * stride_row + step[None, :]
     b_ptrs = weight_ptr + expert.to(tl.int64) * stride_expert

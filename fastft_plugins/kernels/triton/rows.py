@@ -36,6 +36,7 @@ def combine_rows(
     tokens, top_k = inverse_TK.shape
     width = rows_SH.shape[1]
     out_TH = torch.empty((tokens, width), dtype=rows_SH.dtype, device=rows_SH.device)
+    bias_EH = None if bias_EH is None else bias_EH.contiguous()
     if out_TH.numel():
         columns = min(triton.next_power_of_2(width), 1024)
         rows = max(1, 2048 // columns)
@@ -48,7 +49,8 @@ def combine_rows(
     return out_TH
 
 
-@triton.jit
+# Arguments that differ from batch to batch must not be specialised: each new kind of number would be a new compilation.
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["index_ptr"])
 def _gather(source_ptr, index_ptr, out_ptr, size, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -58,7 +60,7 @@ def _gather(source_ptr, index_ptr, out_ptr, size, width, stride, ROWS: tl.conste
     tl.store(out_ptr + rows[:, None] * width + columns[None, :], values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _combine(
     rows_ptr, inverse_ptr, offsets_ptr, weights_ptr, bias_ptr, ids_ptr, out_ptr, tokens, width, E,
     K: tl.constexpr, WEIGHTED: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

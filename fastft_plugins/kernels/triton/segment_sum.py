@@ -29,7 +29,7 @@ def segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None) -> Tens
     out_EN = torch.empty((segments, width), dtype=torch.float32, device=rows_XN.device)
     columns, padded = min(128, triton.next_power_of_2(width)), triton.next_power_of_2(segments)
     blocks = triton.cdiv(width, columns)
-    _sum_rows[(blocks, tiles)](
+    _sum_rows[(blocks * tiles,)](
         rows_XN, index_S, weights_S, offsets_E, partial_PN, width, segments, rows_XN.stride(0),
         INDEXED=index_S is not None, WEIGHTED=weights_S is not None, SEGMENTS=padded, ROWS=_ROWS, STEP=32,
         COLUMNS=columns, num_warps=4,
@@ -40,17 +40,18 @@ def segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None) -> Tens
     return out_EN
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["index_ptr"])
 def _sum_rows(
     rows_ptr, index_ptr, weights_ptr, offsets_ptr, partial_ptr, width, segments, stride,
     INDEXED: tl.constexpr, WEIGHTED: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(1)
+    blocks = (width + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // blocks  # one axis for both: the others end at 65,535
     segment, first, end = find_tile(offsets_ptr, segments, tile, SEGMENTS, ROWS)
     if segment < 0:
         return
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((STEP, COLUMNS), tl.float32)
     for start in range(first, min(first + ROWS, end), STEP):
         row = start + tl.arange(0, STEP)
