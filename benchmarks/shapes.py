@@ -78,7 +78,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
     },
-    "gpt-oss-20b": {"model_type": "gpt_oss"},  # the defaults of its config are this model's
+    # The defaults of gpt_oss's config are those of gpt-oss-120b.
+    "gpt-oss-20b": {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32},
     "tiny-llama": {"model_type": "llama", **_TINY},
     "tiny-qwen3": {"model_type": "qwen3", **_TINY},
 }
