@@ -55,8 +55,7 @@ def inject_packed_attention(run: Run, causal_lm: PreTrainedModel) -> str:
     reason = why_not(run.model, causal_lm)
     if reason is not None:
         raise Declined(reason)
-    decoder = causal_lm.get_decoder()
-    attentions = [module for module in decoder.modules() if _is_attention(module)]
+    attentions = [module for module in causal_lm.modules() if _is_attention(module)]
     if not attentions:
         raise Declined(f"no layer of {type(causal_lm).__name__} takes its attention from transformers' interface")
     if not all(getattr(attention, "is_causal", True) for attention in attentions):
@@ -67,9 +66,16 @@ def inject_packed_attention(run: Run, causal_lm: PreTrainedModel) -> str:
         config._attn_implementation_internal = _ATTENTION_NAME
         config._fastft_stock_config = attention.config
         run.ledger.setattr(attention, "config", config)
+    decoder = _innermost_model(causal_lm, attentions)
     hook = decoder.register_forward_pre_hook(_make_hook(run, family_of(causal_lm)), with_kwargs=True)
     run.ledger.record("the decoder's forward pre-hook", hook.remove)
     return f"packed attention in {len(attentions)} layers of {type(causal_lm).__name__}"
+
+
+def _innermost_model(causal_lm: PreTrainedModel, attentions: list[nn.Module]) -> nn.Module:
+    """The decoder: the smallest model of transformers that holds all attention layers. Causal LMs call it directly."""
+    models = [module for module in causal_lm.modules() if isinstance(module, PreTrainedModel)]
+    return next(model for model in reversed(models) if set(attentions) <= set(model.modules()))
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -174,7 +180,7 @@ def _attention_forward(
 
 def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Refuse what would change stock's result and packed attention does not know: dropout, biases, masks."""
-    unknown = [name for name, value in kwargs.items() if name not in _KNOWN and _is_floating(value)]
+    unknown = [name for name, value in kwargs.items() if name not in _KNOWN and _is_table(value)]
     if kwargs.get("dropout") or kwargs.get("is_causal") is False:
         unknown.append("dropout" if kwargs.get("dropout") else "is_causal=False")
     if unknown:
@@ -184,8 +190,8 @@ def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
 def _stock(module: nn.Module) -> Callable[..., Any]:
