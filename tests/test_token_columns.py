@@ -1,5 +1,4 @@
-"""Columns beside ids, mask and labels: those with one number per token follow their tokens, others keep batches padded.
-"""
+"""Columns beside ids, mask and labels: what is known of each token follows it, anything else keeps a batch padded."""
 
 from __future__ import annotations
 
@@ -30,7 +29,12 @@ def test_masks_over_tokens_follow_their_tokens(name):
 
 
 def test_masks_over_tokens_of_rows_that_are_packed_already():
-    batch = {"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]], "position_ids": [[0, 1, 0]], "completion_mask": [[0, 1, 1]]}
+    batch = {
+        "input_ids": [[1, 2, 3]],
+        "labels": [[1, 2, 3]],
+        "position_ids": [[0, 1, 0]],
+        "completion_mask": [[0, 1, 1]],
+    }
     assert pack(batch)["completion_mask"].tolist() == [[0, 1, 1]]
 
 

@@ -41,6 +41,7 @@ OWN_MASK = "its attention adds masks or biases of its own (indexed, compressed, 
 OWN_POSITIONS = "it numbers positions by the columns of the batch or the ids of its tokens, not by position_ids"
 RANDOM = "its router draws random numbers in training, so no two runs are alike"
 MULTIMODAL = "it is, or belongs to, a model of images or sound"
+COUNTED = "stock's Trainer counts first labels in its loss that it never trains, which a packed row cannot reproduce"
 VERSIONS = "packed runs are not stock's in every supported version of transformers"
 UNTRIED = "no tiny model of it can be made, so nothing is known"
 
@@ -55,7 +56,8 @@ FAMILIES: dict[str, Family] = {
         apertus arcee aria_text axk1 bitnet cohere deepseek_v2 deepseek_v3 diffllama emu3_text_model ernie4_5
         ernie4_5_moe flex_olmo gemma glm glm4 glm4_moe glm4_moe_lite gpt_neox granite granitemoe granitemoeshared helium
         hrm_text hy_v3 hyperclovax jais2 jetmoe llama longcat_flash minicpm3 minimax_m2 minimax_m3_vl_text
-        mllama_text_model nanochat nemotron olmo olmo2 olmoe opt persimmon phi qwen2_moe seed_oss solar_open stablelm youtu
+        mllama_text_model nanochat nemotron olmo olmo2 olmoe opt persimmon phi qwen2_moe seed_oss solar_open stablelm
+        youtu
         """,
         Family(FULL),
     ),
@@ -67,7 +69,7 @@ FAMILIES: dict[str, Family] = {
         """,
         Family(WINDOWED),
     ),
-    **_group("bert biogpt electra ernie gpt2 gpt_bigcode", Family(FULL, False, ABSOLUTE)),
+    **_group("biogpt electra ernie gpt_bigcode", Family(FULL, False, ABSOLUTE)),
     **_group("beam ministral3", Family(WINDOWED, False, SCALED)),
     **_group("hunyuan_v1_dense hunyuan_v1_moe", Family(FULL, False, NORM_AFTER_ROPE)),
     **_group("gemma3n_text", Family(WINDOWED, False, STOCK_NAN)),
@@ -105,6 +107,7 @@ FAMILIES: dict[str, Family] = {
         """,
         Family(reason=MULTIMODAL),
     ),
+    **_group("bert gpt2", Family(reason=COUNTED)),
     **_group("moshi", Family(reason=VERSIONS)),
     **_group(
         "bert-generation blt cohere_compass_text ctrl dbrx gemma4_assistant gemma4_unified_assistant roc_bert xmod",
@@ -122,9 +125,9 @@ def _lines() -> Iterator[str]:
     packed = {name: family for name, family in FAMILIES.items() if family.layers}
     yield "# Model families"
     yield ""
-    yield f"{len(packed)} model types train packed, with the loss, gradients and weights of the padded run. Every one of"
-    yield "them is trained both ways by `tests/test_families.py`, and in none does a document see another. All other model"
-    yield "types train stock. This page is printed by `python -m fastft_hf.families`."
+    yield f"{len(packed)} model types train packed, with the loss, gradients and weights of the padded run: each is"
+    yield "trained both ways by `tests/test_families.py`, and in none does a document see another. The others train stock."
+    yield "This page is printed by `python -m fastft_hf.families`."
     yield ""
     yield "Windows: layers with a sliding window are covered. Left padding: a batch in which padding stands before a"
     yield "document is packed; where it is not, such a batch stays padded, because of what the last column says."

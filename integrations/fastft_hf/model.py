@@ -75,7 +75,8 @@ def inject_packed_attention(run: Run, causal_lm: PreTrainedModel) -> str:
 def _innermost_model(causal_lm: PreTrainedModel, attentions: list[nn.Module]) -> nn.Module:
     """The decoder: the smallest model of transformers that holds all attention layers. Causal LMs call it directly."""
     models = [module for module in causal_lm.modules() if isinstance(module, PreTrainedModel)]
-    return next(model for model in reversed(models) if set(attentions) <= set(model.modules()))
+    holding: list[nn.Module] = [model for model in models if set(attentions) <= set(model.modules())]
+    return holding[-1]
 
 
 def _is_attention(module: nn.Module) -> bool:

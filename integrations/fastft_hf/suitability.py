@@ -44,7 +44,7 @@ def _why_not_class(causal_lm: PreTrainedModel) -> str | None:
         return f"layers of the kind '{min(untested)}' are not tested for model type '{causal_lm.config.model_type}'"
     if not type(causal_lm).__module__.startswith("transformers.models."):
         return f"{name} is not transformers' own class, so its forward and loss are unknown"
-    if hasattr(causal_lm, "_loss_function") or getattr(causal_lm, "loss_type", None) not in (None, "ForCausalLM"):
+    if hasattr(causal_lm, "_loss_function") or getattr(causal_lm, "loss_type", None) != "ForCausalLM":
         return f"{name} has a loss function of its own, which may not be a sum over tokens"
     return None
 
