@@ -6,20 +6,20 @@ import dataclasses
 
 import pytest
 import torch
+from fastft_hf import model as hf_model
 from hf_helpers import VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from fastft_hf import model as hf_model
 from fastft_plugins import apply
 from fastft_plugins.kernels import segments
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, PaddingFreeCollator, collator, packed_attention
 
 IGNORE = -100
 CONFIG = {"packing": "on", "moe": "off"}
-MODEL = tiny_model("mistral", num_hidden_layers=2).train()  # windows of 5 tokens
+MODEL = tiny_model("mistral").train()  # windows of 5 tokens
 
 
 def padded_batch(lengths, sides, trained, seed=0):

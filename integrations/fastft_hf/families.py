@@ -126,7 +126,7 @@ def _lines() -> Iterator[str]:
     yield "# Model families"
     yield ""
     yield f"{len(packed)} model types train packed, with the loss, gradients and weights of the padded run: each is"
-    yield "trained both ways by `tests/test_families.py`, and in none does a document see another. The others train stock."
+    yield "trained both ways by `tests/test_families.py`, and no document sees another there. The others train stock."
     yield "This page is printed by `python -m fastft_hf.families`."
     yield ""
     yield "Windows: layers with a sliding window are covered. Left padding: a batch in which padding stands before a"
