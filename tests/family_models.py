@@ -51,6 +51,7 @@ _SIZES: dict[str, Any] = {
     "encoder_attention_heads": 4,
     "encoder_ffn_dim": 48,
     "initializer_range": 0.2,  # large enough for attention to matter
+    "attn_logit_softcapping": 2.0,  # small enough for a missing one to be noticed
     "layerdrop": 0.0,
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -7,12 +7,14 @@ that it declines must decline, and must still come out different when it is pack
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from family_models import VOCABULARY, causal_lm_classes, tiny_family
 from fastft_hf import families, suitability
 from fastft_hf.families import FAMILIES, WINDOWED, Family
+from fastft_hf.model import _attention_forward
 from hf_helpers import Pad, documents
 from torch.testing import assert_close
 
@@ -171,7 +173,7 @@ def test_declined_families_could_not_be_packed(model_type, monkeypatch):
     pytest.fail(f"'{model_type}' is packed exactly: move it to the packed ones in fastft_hf/families.py")
 
 
-@pytest.mark.parametrize("model_type", ["phimoe", "bart", "roberta", "doge"])
+@pytest.mark.parametrize("model_type", ["phimoe", "bart", "roberta", "llama4_text"])
 def test_a_declined_family_trains_stock_with_the_reason(model_type):
     model, batch = tiny_family(model_type), Pad()(ROWS[0])
     stock = model.eval()(**batch).logits
@@ -204,12 +206,23 @@ def test_a_model_that_draws_random_numbers_declines(name):
     assert f"{name} is 0.1" in run.report.features["packing"].reason
 
 
-def test_attention_called_with_what_packing_does_not_know_is_an_error():
-    from fastft_hf.model import _attention_forward
-
-    q = torch.zeros(1, 2, 3, 4)
-    metadata = PackedMetadata.from_lengths([3])
+def called_with(implementation, **arguments):
+    """Packed attention as a module of a model with this attention implementation calls it."""
+    q, metadata = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0)), PackedMetadata.from_lengths([3])
     module = torch.nn.Identity()
-    for extra in ({"position_bias": torch.zeros(1)}, {"dropout": 0.1}, {"is_causal": False}):
-        with pytest.raises(FastFTError, match=next(iter(extra))):
-            _attention_forward(module, q, q, q, None, fastft_metadata=metadata, **extra)
+    stock_config = SimpleNamespace(_attn_implementation=implementation)
+    module.config = SimpleNamespace(_fastft_stock_config=stock_config)
+    return _attention_forward(module, q, q, q, None, fastft_metadata=metadata, **arguments)[0]
+
+
+@pytest.mark.parametrize("extra", [{"position_bias": torch.zeros(1)}, {"dropout": 0.1}, {"is_causal": False}], ids=str)
+def test_attention_called_with_what_packing_does_not_know_is_an_error(extra):
+    with pytest.raises(FastFTError, match=next(iter(extra))):
+        called_with("sdpa", **extra)
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 0.5}, {"s_aux": torch.ones(2)}], ids=["softcap", "sinks"])
+def test_softcap_and_sinks_count_where_they_count_in_stock(extra):
+    """transformers 5.17 trains Gemma2 with sdpa, which ignores its softcap: so must the packed run."""
+    assert torch.equal(called_with("sdpa", **extra), called_with("sdpa"))
+    assert not torch.allclose(called_with("eager", **extra), called_with("eager"), atol=1e-3)

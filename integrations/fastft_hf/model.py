@@ -166,14 +166,16 @@ def _attention_forward(
         result: tuple[Tensor, Tensor | None] = _stock(module)(module, query, key, value, attention_mask, **kwargs)
         return result
     _check_arguments(module, kwargs)
+    # Stock's sdpa knows neither, and where a transformers version lets a model call it with one, it ignores it.
+    ignores = _stock_implementation(module) == "sdpa"
     out_THD = packed_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         metadata,
         window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        softcap=None if ignores else kwargs.get("softcap"),
+        sinks=None if ignores else kwargs.get("s_aux"),
         scale=kwargs.get("scaling"),
     )
     return out_THD.unsqueeze(0), None
@@ -197,10 +199,13 @@ def _is_table(value: Any) -> bool:
 
 def _stock(module: nn.Module) -> Callable[..., Any]:
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    config: Any = module.config
-    name = config._fastft_stock_config._attn_implementation
-    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(_stock_implementation(module), eager)
     return function
+
+
+def _stock_implementation(module: nn.Module) -> str:
+    config: Any = module.config
+    return str(config._fastft_stock_config._attn_implementation)
 
 
 def _register() -> None:
