@@ -35,11 +35,12 @@ def fastft_kernels(op: str) -> Sequence[Kernel]:
 
 
 @hookspec
-def fastft_inject_metadata(run: Run, wrap_collator: Callable[[Any], Any]) -> str | None:
+def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str | None:
     """Put packed-sequence metadata into the run's batches and model.
 
-    ``wrap_collator(collator)`` returns the collator to use instead. Return what you changed in a few words, or None
-    if nothing here is yours; raise `Declined` with the reason if packing cannot be exact here.
+    ``wrap_collator(collator)`` returns the collator to use instead; with ``move_positions=False`` it keeps batches
+    padded in which padding stands before a document. Return what you changed in a few words, or None if nothing here
+    is yours; raise `Declined` with the reason if packing cannot be exact here.
     """
 
 

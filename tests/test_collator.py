@@ -205,7 +205,7 @@ def test_a_row_that_has_its_metadata_is_left_alone():
     [
         ({"attention_mask": [[1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]}, "holes"),
         ({"labels": [[11, 12, 13, 7], [21] + [IGNORE] * 3, [31, 32, 33, 34]]}, "labels on padding"),
-        ({"token_type_ids": [[0] * 4] * 3}, "column 'token_type_ids'"),
+        ({"pixel_values": [[0] * 4] * 3}, "column 'pixel_values'"),
         ({"attention_mask": [[2, 2, 2, 0], [1, 0, 0, 0], [1, 1, 1, 1]]}, "other than 0 and 1"),
         ({"attention_mask": [[0.0, 0.0, 0.0, -1e9]] * 3}, "other than 0 and 1"),
         ({"attention_mask": [[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]}, "all padding"),

@@ -19,6 +19,8 @@ METADATA_KEY = "fastft_metadata"
 IGNORE_INDEX = -100  # the label that transformers' and torch's losses skip
 
 _PADDED_KEYS = {"input_ids", "attention_mask", "labels", "position_ids"}
+# One number per token that follows its token. Stock models do not read these, except the two that are checked.
+_TOKEN_KEYS = ("token_type_ids", "shift_labels", "special_tokens_mask", "completion_mask", "assistant_masks")
 PACKED_KEYS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
@@ -31,20 +33,30 @@ class PaddingFreeCollator:
 
     The row carries ``position_ids``, ``cu_seq_lens_q/k`` (int32 ``[N + 1]``), ``max_length_q/k`` (int), ``seq_idx``
     (int32 ``[1, T]``) and a `PackedMetadata` under ``fastft_metadata``. Labels stay as the collator made them, except
-    that the first label of each document becomes -100: no token of the document predicts it. A batch that is already
-    packed (one row, ``position_ids`` that restart) only gets its metadata. A batch that cannot be packed exactly is
-    returned as it is, with the reason under ``fastft_metadata``.
+    that the first label of each document becomes -100: no token of the document predicts it. Other columns of one
+    number per token follow their tokens where their meaning is known. A batch that is already packed (one row,
+    ``position_ids`` that restart) only gets its metadata. A batch that cannot be packed exactly is returned as it is,
+    with the reason under ``fastft_metadata``.
+
+    Args:
+        inner: the collator to wrap.
+        move_positions: whether a document may start at another position than in the padded batch. Left padding moves
+            positions; False keeps such batches padded, for models in which a position counts by itself.
     """
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, *, move_positions: bool = True) -> None:
         self.inner = inner
+        self.move_positions = move_positions
 
     def __call__(self, features: Any) -> Any:
         batch = self.inner(features)
         if not isinstance(batch, MutableMapping) or METADATA_KEY in batch:
             return batch
         try:
-            return _pack(batch)
+            row = _pack(batch)
+            if row[METADATA_KEY].moved_positions and not self.move_positions:
+                raise _Keep("padding before a document moves its positions, which this model notices")
+            return row
         except _Keep as reason:
             batch = copy.copy(batch)  # it may be the user's own object, used again
             batch[METADATA_KEY] = NotPacked(str(reason))
@@ -52,7 +64,7 @@ class PaddingFreeCollator:
 
 
 def _pack(batch: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(batch) - _PADDED_KEYS - PACKED_KEYS)
+    unknown = sorted(set(batch) - _PADDED_KEYS - PACKED_KEYS - set(_TOKEN_KEYS))
     if unknown:
         raise _Keep(f"column '{unknown[0]}' is not one that packing understands")
     ids_BS, labels_BS = batch.get("input_ids"), batch.get("labels")
@@ -60,17 +72,24 @@ def _pack(batch: Mapping[str, Any]) -> dict[str, Any]:
         raise _Keep("no two-dimensional tensor input_ids in the batch")
     if not isinstance(labels_BS, Tensor):
         raise _Keep("no labels in the batch")
-    mask, position_ids_BS = batch.get("attention_mask"), batch.get("position_ids")
-    for name, column in (("labels", labels_BS), ("attention_mask", mask), ("position_ids", position_ids_BS)):
+    for name in ("labels", "attention_mask", "position_ids", *_TOKEN_KEYS):
+        column = batch.get(name)
         if column is not None and (not isinstance(column, Tensor) or column.shape != ids_BS.shape):
             raise _Keep(f"{name} does not have the shape of input_ids")
+    mask, position_ids_BS = batch.get("attention_mask"), batch.get("position_ids")
+    columns = {name: batch[name] for name in _TOKEN_KEYS if batch.get(name) is not None}
+    if "token_type_ids" in columns and bool(columns["token_type_ids"].any()):
+        raise _Keep("token_type_ids other than 0, which some models read as another attention mask")
     if mask is None and position_ids_BS is not None:
-        return _pack_rows(ids_BS, labels_BS, position_ids_BS)
-    real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask is None else _real_tokens(mask, labels_BS)
-    return _pack_padded(ids_BS, labels_BS, real_BS, position_ids_BS)
+        return _pack_rows(ids_BS, labels_BS, position_ids_BS, columns)
+    real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask is None else _real_tokens(mask)
+    for name in ("labels", "shift_labels"):
+        if name in batch and bool((batch[name][~real_BS] != IGNORE_INDEX).any()):
+            raise _Keep(f"{name} on padding positions, which stock training counts")
+    return _pack_padded(ids_BS, labels_BS, real_BS, position_ids_BS, columns)
 
 
-def _real_tokens(mask_BS: Tensor, labels_BS: Tensor) -> Tensor:
+def _real_tokens(mask_BS: Tensor) -> Tensor:
     if not bool(((mask_BS == 0) | (mask_BS == 1)).all()):
         raise _Keep("attention_mask holds values other than 0 and 1")
     real_BS = mask_BS.bool()
@@ -80,12 +99,12 @@ def _real_tokens(mask_BS: Tensor, labels_BS: Tensor) -> Tensor:
         raise _Keep("a row is all padding")
     if bool((runs_B > 1).any()):
         raise _Keep("attention_mask has holes")
-    if bool((labels_BS[~real_BS] != IGNORE_INDEX).any()):
-        raise _Keep("labels on padding positions, which stock training counts")
     return real_BS
 
 
-def _pack_padded(ids_BS: Tensor, labels_BS: Tensor, real_BS: Tensor, position_ids_BS: Tensor | None) -> dict[str, Any]:
+def _pack_padded(
+    ids_BS: Tensor, labels_BS: Tensor, real_BS: Tensor, position_ids_BS: Tensor | None, columns: dict[str, Tensor]
+) -> dict[str, Any]:
     if position_ids_BS is not None:
         steps_BS = position_ids_BS.diff(dim=1) == 1
         if not bool((steps_BS | ~(real_BS[:, 1:] & real_BS[:, :-1])).all()):
@@ -93,27 +112,41 @@ def _pack_padded(ids_BS: Tensor, labels_BS: Tensor, real_BS: Tensor, position_id
     lengths_B = real_BS.sum(1)
     first_B = real_BS.int().argmax(1)
     first_label_B = labels_BS.gather(1, first_B[:, None]).squeeze(1)
-    # Stock never trains column 0. A first label further right is predicted from padding: it cannot be kept.
-    dropped = int(((first_label_B != IGNORE_INDEX) & (first_B > 0)).sum())
-    metadata = PackedMetadata.from_lengths(lengths_B.tolist(), padded_tokens=ids_BS.numel(), dropped_labels=dropped)
+    first_position_B = first_B if position_ids_BS is None else position_ids_BS.gather(1, first_B[:, None])
+    metadata = PackedMetadata.from_lengths(
+        lengths_B.tolist(),
+        padded_tokens=ids_BS.numel(),
+        # Stock never trains column 0. A first label further right is predicted from padding: it cannot be kept.
+        dropped_labels=int(((first_label_B != IGNORE_INDEX) & (first_B > 0)).sum()),
+        moved_positions=bool(first_position_B.any()),
+    )
     labels_T = labels_BS[real_BS]
     labels_T[metadata.cu_seqlens[:-1].long()] = IGNORE_INDEX
-    return _row(ids_BS[real_BS], labels_T, metadata.position_ids, metadata)
+    columns_T = {name: column_BS[real_BS] for name, column_BS in columns.items()}
+    return _row(ids_BS[real_BS], labels_T, metadata.position_ids, metadata, columns_T)
 
 
-def _pack_rows(ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor) -> dict[str, Any]:
+def _pack_rows(
+    ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor, columns: dict[str, Tensor]
+) -> dict[str, Any]:
     """Rows without a mask whose position_ids say where documents start: what stock itself takes for packed."""
     starts_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
     starts_BS[:, 1:] = position_ids_BS.diff(dim=1) != 1
-    metadata = PackedMetadata.from_lengths(segments.lengths_of(starts_BS.flatten()))
+    columns_T = {name: column_BS.flatten() for name, column_BS in columns.items()}
+    metadata = PackedMetadata.from_lengths(
+        segments.lengths_of(starts_BS.flatten()),
+        moved_positions=ids_BS.shape[0] > 1 and bool(position_ids_BS[starts_BS].any()),
+    )
     if ids_BS.shape[0] == 1:  # already one row: ids, labels and positions stay bit for bit
-        return _row(ids_BS[0], labels_BS[0], position_ids_BS[0], metadata)
+        return _row(ids_BS[0], labels_BS[0], position_ids_BS[0], metadata, columns_T)
     labels_BS = labels_BS.clone()
     labels_BS[:, 0] = IGNORE_INDEX  # stock shifts the labels row by row, so it never trains column 0
-    return _row(ids_BS.flatten(), labels_BS.flatten(), metadata.position_ids, metadata)
+    return _row(ids_BS.flatten(), labels_BS.flatten(), metadata.position_ids, metadata, columns_T)
 
 
-def _row(ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, metadata: PackedMetadata) -> dict[str, Any]:
+def _row(
+    ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, metadata: PackedMetadata, columns_T: dict[str, Tensor]
+) -> dict[str, Any]:
     return {
         "input_ids": ids_T[None],
         "labels": labels_T[None],
@@ -123,5 +156,6 @@ def _row(ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, metadata: Pack
         "max_length_q": metadata.max_seqlen,
         "max_length_k": metadata.max_seqlen,
         "seq_idx": metadata.seq_idx[None],
+        **{name: column_T[None] for name, column_T in columns_T.items()},
         METADATA_KEY: metadata,
     }

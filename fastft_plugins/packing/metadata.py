@@ -24,6 +24,7 @@ class PackedMetadata:
         seq_idx: int32 ``[T]``, the document of each token.
         padded_tokens: tokens of the padded batch this row replaced (T if there was none).
         dropped_labels: labels the padded run would have trained from a padding position (left padding only).
+        moved_positions: a document starts at another position than it had in the padded batch (left padding only).
     """
 
     lengths: tuple[int, ...]
@@ -33,10 +34,16 @@ class PackedMetadata:
     seq_idx: Tensor
     padded_tokens: int = 0
     dropped_labels: int = 0
+    moved_positions: bool = False
 
     @classmethod
     def from_lengths(
-        cls, lengths: Sequence[int], *, padded_tokens: int | None = None, dropped_labels: int = 0
+        cls,
+        lengths: Sequence[int],
+        *,
+        padded_tokens: int | None = None,
+        dropped_labels: int = 0,
+        moved_positions: bool = False,
     ) -> PackedMetadata:
         """Raises ValueError if there is no document or one without tokens, TypeError if a length is no integer."""
         lengths = tuple(operator.index(length) for length in lengths)
@@ -58,6 +65,7 @@ class PackedMetadata:
             seq_idx=segments.segment_ids(lengths),
             padded_tokens=total if padded_tokens is None else padded_tokens,
             dropped_labels=dropped_labels,
+            moved_positions=moved_positions,
         )
 
     @property

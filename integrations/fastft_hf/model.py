@@ -4,12 +4,14 @@ Two seams, both on instances. A forward pre-hook on the decoder gives a packed b
 then returns it as it is, before it would look for packed sequences (which waits for the GPU) or build a T×T mask. And
 every attention module gets a copy of its config that names the attention function registered here; it serves packed
 batches, found by the metadata among the keyword arguments, and hands all others to the model's own function.
-The metadata travels with the call, so a checkpointed layer finds it again when it is recomputed.
+The metadata travels with the call, so a checkpointed layer finds it again when it is recomputed. Layers that do not
+pass keyword arguments on still pass the mask on, so the mask carries the metadata too.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,15 +21,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastft_plugins.errors import Declined
+from fastft_hf.families import Family
+from fastft_hf.suitability import family_of, why_not
+from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, packed_attention
 from fastft_plugins.packing.collator import PACKED_KEYS
 from fastft_plugins.packing.feature import count_batch
 from fastft_plugins.packing.metadata import NotPacked
 from fastft_plugins.run import Run
 
-# The families whose parity with stock is tested.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Floating-point arguments of attention that packed attention honours.
+_KNOWN = ("s_aux",)
 _ATTENTION_NAME = "fastft"  # without "flash": transformers treats such names as FlashAttention
 
 
@@ -39,7 +43,7 @@ def find_causal_lm(model: nn.Module) -> PreTrainedModel | None:
 
 def _is_causal_lm(module: nn.Module) -> bool:
     names = (base.__name__ for base in type(module).__mro__)  # a user's subclass may have any name
-    return isinstance(module, PreTrainedModel) and any(name.endswith("ForCausalLM") for name in names)
+    return isinstance(module, PreTrainedModel) and any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def not_a_causal_lm(model: nn.Module) -> Declined:
@@ -48,54 +52,40 @@ def not_a_causal_lm(model: nn.Module) -> Declined:
 
 def inject_packed_attention(run: Run, causal_lm: PreTrainedModel) -> str:
     """Install both seams through the run's ledger; raises `Declined` where packing could differ from stock."""
-    reason = _why_not(run.model, causal_lm)
+    reason = why_not(run.model, causal_lm)
     if reason is not None:
         raise Declined(reason)
-    decoder = causal_lm.base_model
-    attentions = [module for module in decoder.modules() if _is_attention(module)]
+    attentions = [module for module in causal_lm.modules() if _is_attention(module)]
+    if not attentions:
+        raise Declined(f"no layer of {type(causal_lm).__name__} takes its attention from transformers' interface")
+    if not all(getattr(attention, "is_causal", True) for attention in attentions):
+        raise Declined(f"attention layers of {type(causal_lm).__name__} are not causal; packed attention is")
     run.ledger.share("transformers' attention function 'fastft'", _register, _unregister)
     for attention in attentions:
         config = copy.copy(attention.config)
         config._attn_implementation_internal = _ATTENTION_NAME
         config._fastft_stock_config = attention.config
         run.ledger.setattr(attention, "config", config)
-    hook = decoder.register_forward_pre_hook(_make_hook(run), with_kwargs=True)
+    decoder = _innermost_model(causal_lm, attentions)
+    hook = decoder.register_forward_pre_hook(_make_hook(run, family_of(causal_lm)), with_kwargs=True)
     run.ledger.record("the decoder's forward pre-hook", hook.remove)
     return f"packed attention in {len(attentions)} layers of {type(causal_lm).__name__}"
 
 
-def _why_not(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
-    config, name = causal_lm.config, type(causal_lm).__name__
-    family = config.model_type
-    if family not in FAMILIES:
-        return f"model type '{family}' is not among the tested families ({', '.join(FAMILIES)})"
-    if not type(causal_lm).__module__.startswith("transformers.models."):
-        return f"{name} is not transformers' own class, so its forward and loss are unknown"
-    if hasattr(causal_lm, "_loss_function") or getattr(causal_lm, "loss_type", "ForCausalLM") != "ForCausalLM":
-        return f"{name} has a loss function of its own, which may not be a sum over tokens"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"attention implementation '{config._attn_implementation}' is kept; packing serves 'sdpa' and 'eager'"
-    if getattr(config, "attention_dropout", 0.0):
-        return f"attention_dropout is {config.attention_dropout}; packed attention has no dropout"
-    if getattr(config, "output_attentions", False):
-        return "output_attentions is set; packed attention never forms the attention weights"
-    if not getattr(config, "is_causal", True):
-        return "is_causal is False in the model's config; packed attention is causal"
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
-        return f"'{rope_type}' rotary embedding depends on the longest row of the padded batch"
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        return "PEFT prompt learning puts virtual tokens before each row"
-    if isinstance(model, nn.DataParallel):
-        return "DataParallel splits batches by rows, and a packed batch has one"
-    return None
+def _innermost_model(causal_lm: PreTrainedModel, attentions: list[nn.Module]) -> nn.Module:
+    """The decoder: the smallest model of transformers that holds all attention layers. Causal LMs call it directly."""
+    models = [module for module in causal_lm.modules() if isinstance(module, PreTrainedModel)]
+    holding: list[nn.Module] = [model for model in models if set(attentions) <= set(model.modules())]
+    return holding[-1]
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Attention") and hasattr(module, "config") and hasattr(module, "layer_idx")
+    """Whether the module looks its attention function up in transformers' registry, by the name in its config."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
-def _make_hook(run: Run) -> Callable[..., Any]:
+def _make_hook(run: Run, family: Family) -> Callable[..., Any]:
     def give_metadata(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         metadata = kwargs.get(METADATA_KEY)
         if metadata is None:
@@ -105,12 +95,12 @@ def _make_hook(run: Run) -> Callable[..., Any]:
             inputs = _inputs(args, kwargs)
             reason = _why_stale(metadata, inputs, kwargs)
             if reason is None:
+                _check_positions(metadata, family)
                 if metadata.cu_seqlens.device != inputs.device:  # loops that move tensors alone leave it behind
                     kwargs[METADATA_KEY] = metadata = metadata.to(inputs.device, non_blocking=True)
                 if decoder.training:
                     count_batch(run.report.features["packing"], metadata)
-                # 4-D, so masking returns it untouched; of size zero, so a stock attention function would fail on it
-                kwargs["attention_mask"] = metadata.cu_seqlens[:0].view(1, 1, 0, 0)
+                kwargs["attention_mask"] = _make_mask(metadata)
                 kwargs["use_cache"] = False
                 return args, kwargs
             metadata = NotPacked(reason)
@@ -121,6 +111,21 @@ def _make_hook(run: Run) -> Callable[..., Any]:
         return args, kwargs
 
     return give_metadata
+
+
+def _check_positions(metadata: PackedMetadata, family: Family) -> None:
+    if metadata.moved_positions and not family.moves_positions:
+        raise FastFTError(
+            f"a document of this packed batch stood behind padding, and {family.reason}: "
+            "use PaddingFreeCollator(collator, move_positions=False), which keeps such batches padded"
+        )
+
+
+def _make_mask(metadata: PackedMetadata) -> Tensor:
+    """4-D, so masking returns it untouched; of size zero, so a stock attention function would fail on it."""
+    mask = metadata.cu_seqlens[:0].view(1, 1, 0, 0)
+    mask.fastft_metadata = metadata  # type: ignore[attr-defined]
+    return mask
 
 
 def _inputs(args: Any, kwargs: dict[str, Any]) -> Any:
@@ -156,29 +161,51 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention signature: q ``[B, H, T, D]``, k and v ``[B, G, T, D]`` → ``[B, T, H, D]``."""
-    metadata = kwargs.get(METADATA_KEY)
+    metadata = kwargs.get(METADATA_KEY) or getattr(attention_mask, METADATA_KEY, None)
     if metadata is None:
         result: tuple[Tensor, Tensor | None] = _stock(module)(module, query, key, value, attention_mask, **kwargs)
         return result
+    _check_arguments(module, kwargs)
+    # Stock's sdpa knows neither, and where a transformers version lets a model call it with one, it ignores it.
+    ignores = _stock_implementation(module) == "sdpa"
     out_THD = packed_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         metadata,
         window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        softcap=None if ignores else kwargs.get("softcap"),
+        sinks=None if ignores else kwargs.get("s_aux"),
         scale=kwargs.get("scaling"),
     )
     return out_THD.unsqueeze(0), None
 
 
+def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuse what would change stock's result and packed attention does not know: dropout, biases, masks."""
+    unknown = [name for name, value in kwargs.items() if name not in _KNOWN and _is_table(value)]
+    if kwargs.get("dropout") or kwargs.get("is_causal") is False:
+        unknown.append("dropout" if kwargs.get("dropout") else "is_causal=False")
+    if unknown:
+        raise FastFTError(
+            f"{type(module).__name__} calls attention with '{unknown[0]}', which packed attention cannot honour; "
+            "train with packing='off'"
+        )
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
 def _stock(module: nn.Module) -> Callable[..., Any]:
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    config: Any = module.config
-    name = config._fastft_stock_config._attn_implementation
-    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(_stock_implementation(module), eager)
     return function
+
+
+def _stock_implementation(module: nn.Module) -> str:
+    config: Any = module.config
+    return str(config._fastft_stock_config._attn_implementation)
 
 
 def _register() -> None:

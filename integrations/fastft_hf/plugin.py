@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastft_plugins.errors import Declined
@@ -21,12 +22,13 @@ def fastft_matches(target: Any) -> Target | None:
 
 
 @hookimpl
-def fastft_inject_metadata(run: Run, wrap_collator: Callable[[Any], Any]) -> str | None:
+def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str | None:
     if "transformers" not in sys.modules:
         return None
     from transformers import Trainer
 
     from fastft_hf import model, trainer
+    from fastft_hf.suitability import family_of
 
     if run.target.framework == "transformers" and run.target.trainer is None:
         raise Declined("the Trainer that calls this callback cannot be found, so its loss is unknown")
@@ -37,7 +39,8 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[[Any], Any]) -> str
         return None
     changes = [model.inject_packed_attention(run, causal_lm)]
     if isinstance(run.target.trainer, Trainer):
-        changes.append(trainer.inject_collator(run, wrap_collator))
+        moves_positions = family_of(causal_lm).moves_positions
+        changes.append(trainer.inject_collator(run, partial(wrap_collator, move_positions=moves_positions)))
     return "; ".join(changes)
 
 

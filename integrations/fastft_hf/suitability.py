@@ -1,0 +1,84 @@
+"""Whether a model can train on packed rows exactly as it does on padded ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastft_hf.families import FAMILIES, Family
+
+# Attention implementations whose results packed attention reproduces.
+_IMPLEMENTATIONS = ("sdpa", "eager")
+# Rotary embeddings whose angles depend on the longest row of the padded batch.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def family_of(causal_lm: PreTrainedModel) -> Family:
+    """What is known about the model's type; an unknown one has no layers that can be packed."""
+    model_type = causal_lm.config.model_type
+    return FAMILIES.get(model_type, Family(reason=f"model type '{model_type}' is not among the tested ones"))
+
+
+def why_not(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
+    """The reason why ``causal_lm``, inside ``model``, cannot be packed exactly, or None."""
+    return _why_not_class(causal_lm) or _why_not_config(causal_lm.config) or _why_not_wrapper(model)
+
+
+def layer_kinds(config: Any) -> frozenset[str]:
+    """The kinds of layer that a config asks for, in transformers' words: "full_attention", "sliding_attention", ..."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return frozenset(kinds)
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return frozenset({"sliding_attention" if windowed else "full_attention"})
+
+
+def _why_not_class(causal_lm: PreTrainedModel) -> str | None:
+    name, family = type(causal_lm).__name__, family_of(causal_lm)
+    if not family.layers:
+        return f"{name}: {family.reason}"
+    untested = layer_kinds(causal_lm.config) - family.layers
+    if untested:
+        return f"layers of the kind '{min(untested)}' are not tested for model type '{causal_lm.config.model_type}'"
+    if not type(causal_lm).__module__.startswith("transformers.models."):
+        return f"{name} is not transformers' own class, so its forward and loss are unknown"
+    if hasattr(causal_lm, "_loss_function") or getattr(causal_lm, "loss_type", None) != "ForCausalLM":
+        return f"{name} has a loss function of its own, which may not be a sum over tokens"
+    return None
+
+
+def _why_not_config(config: Any) -> str | None:
+    if config._attn_implementation not in _IMPLEMENTATIONS:
+        return f"attention implementation '{config._attn_implementation}' is kept; packing serves 'sdpa' and 'eager'"
+    for name, value in sorted(config.to_dict().items()):
+        is_random = ("drop" in name or "jitter" in name) and not name.startswith(("classifier", "summary"))
+        if is_random and isinstance(value, float) and value > 0:
+            return f"{name} is {value}; what it draws at random depends on the padding, packed attention has no dropout"
+    if getattr(config, "output_attentions", False):
+        return "output_attentions is set; packed attention never forms the attention weights"
+    if not getattr(config, "is_causal", True):
+        return "is_causal is False in the model's config; packed attention is causal"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "use_bidirectional_attention is set in the model's config; packed attention is causal"
+    for parameters in _rope_parameters(config):
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type in _BATCH_DEPENDENT_ROPE:
+            return f"'{rope_type}' rotary embedding depends on the longest row of the padded batch"
+    return None
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """One dict for the model, or one per kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _why_not_wrapper(model: nn.Module) -> str | None:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "PEFT prompt learning puts virtual tokens before each row"
+    if isinstance(model, nn.DataParallel):
+        return "DataParallel splits batches by rows, and a packed batch has one"
+    return None
