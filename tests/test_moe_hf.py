@@ -102,6 +102,18 @@ def test_evaluation_inside_a_run_is_bitwise_stock(tmp_path):
     assert seen[0] == seen[1] and len(seen[0]) == 3
 
 
+def test_only_a_forward_that_trains_is_served():
+    tiny, ids, calls = tiny_causal_lm(), torch.randint(97, (2, 7)), []
+    with apply(tiny, ON):
+        for module in experts_of(tiny):
+            experts._active[module] = lambda module, x, *args: calls.append(1) or x
+        with torch.no_grad():
+            tiny.eval()(input_ids=ids)
+            assert not calls
+            tiny.train()(input_ids=ids)  # as reentrant checkpointing does
+        assert len(calls) == 2
+
+
 def test_switched_off_is_bitwise_stock(tmp_path):
     runs = []
     for callbacks in ([], [FastFTCallback({"moe": "off", "packing": "off"})]):
@@ -364,8 +376,8 @@ def hooked(adapted):
 
 
 def hooked_backward(adapted):
-    for module in experts_of(adapted):
-        module.register_full_backward_hook(lambda module, grads, douts: tuple(2 * grad for grad in grads))
+    last = experts_of(adapted)[-1]  # the first one's input wants no gradient
+    last.register_full_backward_hook(lambda module, grads, douts: (2 * grads[0], *grads[1:]))
 
 
 @pytest.mark.parametrize(
