@@ -33,6 +33,7 @@ from fastft_plugins.kernels.triton.rows import combine_rows, gather_rows
 from fastft_plugins.kernels.triton.segment_sum import segment_sum
 
 EXPERTS, TOKENS, TOP_K, WIDTH, RANK = 8, 64, 4, 512, 16
+ODD = 515  # a width whose rows start at any address
 
 
 class Driver:
@@ -76,6 +77,7 @@ def compile_launches() -> None:
                 "kernel": f"{self.__module__.rsplit('.', 1)[1]}.{self.__name__}",
                 "options": {name: value for name, value in options.items() if value is not False},
                 "dtype": dtype_of(args),
+                "odd": ODD in args,
                 "shared": kernel.metadata.shared,
                 "spilled": int(spills[1]) if spills else 0,
                 "registers": int(registers[1]) if registers else None,
@@ -195,11 +197,12 @@ class Calls:
             self.matmul(indexed=indexed, transposed=transposed)
             self.weight_grad(indexed=indexed, grad_indexed=transposed)
         self.matmul(accumulate=True)
-        self.matmul(inner=515, width=1030)  # rows that start at any address
+        self.matmul(inner=ODD, width=2 * ODD)
         self.lora()
 
 
 def main(capability: int, what: str) -> None:
+    """Compile one launch of each kernel, and what is asked for beyond it."""
     pretend(capability)
     if what == "keys":
         print(json.dumps([specialisations([TOKENS]), specialisations(range(1, 51))]))
