@@ -1,0 +1,28 @@
+"""What goes wrong silently when a transformers model is trained by Lightning, with or without this project."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from torch import nn
+
+from fastft_plugins.report import Report
+
+logger = logging.getLogger("fastft")
+
+
+def warn_about_traps(report: Report, module: nn.Module) -> None:
+    """`from_pretrained` returns a model in eval mode, Lightning leaves it there, and checkpointing skips such layers."""
+    if "transformers" not in sys.modules:
+        return
+    from fastft_hf.model import find_causal_lm
+
+    causal_lm = find_causal_lm(module)
+    if causal_lm is not None and causal_lm.is_gradient_checkpointing and not causal_lm.training:
+        note = (
+            "gradient checkpointing is set, but the model is in eval mode, in which transformers skips it (and "
+            "dropout): call model.train() before fit, Lightning does not"
+        )
+        report.notes.append(note)
+        logger.warning("fastft: %s", note)
