@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastft_lightning.batches import MODEL_INPUTS, Twin, at, take_twins
 from fastft_lightning.padded import PaddedLogits
+from fastft_lightning.traps import is_checkpointing
 from fastft_plugins.errors import Declined
 from fastft_plugins.packing import METADATA_KEY
 from fastft_plugins.packing.collator import PACKED_KEYS
@@ -124,7 +125,7 @@ class Step:
         config: Any = self.causal_lm.config
         note = "stock attention would mix the documents of a row here, since use_cache is on; packed attention does not"
         notes = self.run.report.notes
-        if given.get("use_cache", config.use_cache) and not self.causal_lm.is_gradient_checkpointing:
+        if given.get("use_cache", config.use_cache) and not is_checkpointing(self.causal_lm):
             notes.extend([note] if note not in notes else [])
 
 
