@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastft_hf import FastFTCallback
     from fastft_lightning import FastFTPlugin
-
     from fastft_plugins.config import FastFTConfig
     from fastft_plugins.errors import FastFTConfigError, FastFTError
     from fastft_plugins.hookspecs import hookimpl

@@ -104,7 +104,9 @@ def test_options_of_the_trainer(tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_workers": 2}, {"num_workers": 1, "persistent_workers": True}], ids=lambda options: "-".join(options)
+    "options",
+    [{"num_workers": 2}, {"num_workers": 1, "persistent_workers": True}],
+    ids=lambda options: "-".join(options),
 )
 def test_dataloader_workers(tmp_path, options):
     compare(tmp_path, make_loader=lambda: loader(**options), max_epochs=2)

@@ -1,4 +1,4 @@
-"""The adapter for Lightning: `FastFTPlugin` for ``plugins=[...]`` and `FastFTLightningCallback` for ``callbacks=[...]``."""
+"""The adapter for Lightning: `FastFTPlugin` for ``plugins=[...]``, or its callback for ``callbacks=[...]``."""
 
 from __future__ import annotations
 

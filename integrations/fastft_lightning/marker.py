@@ -40,7 +40,7 @@ class FastFTPlugin:
         if not any(entry.value == _FACTORY for entry in entry_points(group="lightning.pytorch.callbacks_factory")):
             raise FastFTError(
                 "FastFTPlugin works through an entry point that is not installed here: pip install "
-                "'fastft-plugins[lightning]', or pass callbacks=[FastFTLightningCallback()] from fastft_lightning instead"
+                "'fastft-plugins[lightning]', or pass callbacks=[FastFTLightningCallback()] of fastft_lightning"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Lightning exists twice: ``lightning.pytorch`` and ``pytorch_lightning`` hold the same classes as different objects."""
+"""Lightning exists twice: ``lightning.pytorch`` and ``pytorch_lightning`` hold the same classes, twice over."""
 
 from __future__ import annotations
 

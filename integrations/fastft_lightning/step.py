@@ -33,7 +33,7 @@ class Step:
 
     def __init__(self, run: Run, causal_lm: nn.Module) -> None:
         self.run = run
-        self.causal_lm = causal_lm
+        self.causal_lm: Any = causal_lm
         self.is_off = False
         self._twins: list[Twin] = []
         self._reason: str | None = None
@@ -122,10 +122,9 @@ class Step:
         return None
 
     def _note_leak(self, given: Mapping[str, Any]) -> None:
-        config: Any = self.causal_lm.config
         note = "stock attention would mix the documents of a row here, since use_cache is on; packed attention does not"
         notes = self.run.report.notes
-        if given.get("use_cache", config.use_cache) and not is_checkpointing(self.causal_lm):
+        if given.get("use_cache", self.causal_lm.config.use_cache) and not is_checkpointing(self.causal_lm):
             notes.extend([note] if note not in notes else [])
 
 

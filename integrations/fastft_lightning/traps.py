@@ -13,7 +13,7 @@ logger = logging.getLogger("fastft")
 
 
 def warn_about_traps(report: Report, module: nn.Module) -> None:
-    """`from_pretrained` returns a model in eval mode, Lightning leaves it there, and checkpointing skips such layers."""
+    """`from_pretrained` gives a model in eval mode, Lightning leaves it so, and checkpointing skips such layers."""
     if "transformers" not in sys.modules:
         return
     from fastft_hf.model import find_causal_lm
