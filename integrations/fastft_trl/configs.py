@@ -48,7 +48,7 @@ class Flag:
     def __reduce__(self) -> Any:
         """Pickle as TRL's own class: a checkpoint's ``training_args.bin`` loads where this project is missing."""
         stock = next(base for base in type(self).__mro__ if base.__module__.startswith("trl."))
-        return copyreg.__newobj__, (stock,), vars(self)  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (stock, object, None), vars(self)  # type: ignore[attr-defined]
 
 
 @dataclass
