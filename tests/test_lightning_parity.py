@@ -152,6 +152,28 @@ def test_peft_model(tmp_path):
     compare(tmp_path, make_module)
 
 
+class PadWithAHole(Pad):
+    def __call__(self, features):
+        batch = super().__call__(features)
+        batch["attention_mask"][0, 1], batch["labels"][0, 1] = 0, -100
+        return batch
+
+
+def test_a_batch_that_cannot_be_packed_beside_one_that_can(tmp_path):
+    class Two(Module):
+        def loss(self, batch):
+            return self.model(**batch["a"]).loss + self.model(**batch["b"]).loss
+
+    plugin, ours, stock = FastFTPlugin({"packing": "on"}), Two(), Two()
+    data = documents(22, shortest=4)
+    for module, plugins in ((stock, None), (ours, [plugin])):
+        loaders = {"a": loader(data=data), "b": loader(PadWithAHole(), data)}
+        make_trainer(tmp_path, plugins=plugins).fit(module, loaders)
+    assert_close(ours.losses, stock.losses, **EXACT)
+    metrics = plugin.report.features["packing"].metrics
+    assert metrics["packed_batches"] == metrics["unpacked_batches"] == len(ours.losses)
+
+
 def test_several_loaders_at_once(tmp_path):
     class Two(Module):
         def loss(self, batch):

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastft_lightning.batches import MODEL_INPUTS, Twin, at, take_twins
@@ -26,6 +27,7 @@ from fastft_plugins.run import Run
 
 _PASSED_ON = ("num_items_in_batch", "return_dict")
 _HARMLESS = (*MODEL_INPUTS, *PACKED_KEYS, *_PASSED_ON, "use_cache")  # use_cache: packed attention switches it off
+_LEAK = "stock attention would mix the documents of a row here, since use_cache is on; packed attention does not"
 
 
 class Step:
@@ -38,7 +40,9 @@ class Step:
         self._twins: list[Twin] = []
         self._reason: str | None = None
         self._inside = False
-        self._losses: set[Any] = set()  # the autograd nodes of the losses that the model made from packed rows
+        self._was_packed = False
+        self._losses: set[Any] = set()  # the autograd nodes of the losses that the model made from its labels
+        self._is_leak_known = False
         self._signature = inspect.signature(causal_lm.forward)
 
     def move(self, batch: Any, to_device: Callable[[Any], Any], is_training: bool) -> Any:
@@ -57,14 +61,14 @@ class Step:
 
     def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the user's step; run it again on the padded batch if its loss is not the model's own."""
-        self._inside, self._losses = True, set()
+        self._inside, self._was_packed = True, False
         try:
             output = original(*args, **kwargs)
         finally:
             self._inside, losses = False, self._losses
             self._losses, self._twins = set(), []
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not losses or not isinstance(loss, Tensor) or _depends_only_on(loss, losses):
+        if not self._was_packed or not isinstance(loss, Tensor) or _depends_only_on(loss, losses):
             return output
         self.is_off = True
         self.run.switch_off(
@@ -74,7 +78,7 @@ class Step:
 
     def give_row(self, causal_lm: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the model: replace the batch's tensors by the packed row."""
-        if not self._inside or self.is_off:
+        if not self._inside or self.is_off or not torch.is_grad_enabled():
             return None
         given = self._named(args, kwargs)
         twin = next((twin for twin in self._twins if twin.inputs.get("input_ids") is given.get("input_ids")), None)
@@ -85,17 +89,23 @@ class Step:
         assert twin is not None and twin.metadata is not None and isinstance(twin.row, dict)
         if not self.causal_lm.base_model.training:  # the decoder's own hook counts in training mode only
             count_batch(self.run.report.features["packing"], twin.metadata)
-        if twin.came_packed and len(twin.metadata.lengths) > 1:
-            self._note_leak(given)
+        if twin.came_packed and len(twin.metadata.lengths) > 1 and not self._is_leak_known:
+            self._is_leak_known = True
+            if given.get("use_cache", self.causal_lm.config.use_cache) and not is_checkpointing(self.causal_lm):
+                self.run.report.notes.append(_LEAK)
         return (), twin.row | {name: given[name] for name in _PASSED_ON if name in given}
 
     def take_output(self, causal_lm: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook of the model: remember the loss, and give the logits the shape of the padded batch."""
-        metadata = kwargs.get(METADATA_KEY)
+        if not self._inside:
+            return None
+        loss, metadata = getattr(output, "loss", None), kwargs.get(METADATA_KEY)
+        if loss is not None and loss.grad_fn is not None:
+            self._losses.add(loss.grad_fn)
         twin = next((twin for twin in self._twins if metadata is not None and twin.metadata is metadata), None)
         if twin is None:
             return None
-        self._losses.add(output.loss.grad_fn)
+        self._was_packed = True
         assert twin.index_T is not None
         output["logits"] = PaddedLogits.of(output.logits, twin.index_T, twin.inputs["input_ids"].shape)
         return output
@@ -120,12 +130,6 @@ class Step:
         if given.get("return_dict") is False or getattr(self.causal_lm.config, "output_hidden_states", False):
             return "the model returns a tuple or hidden states, which keep the shape of the row"
         return None
-
-    def _note_leak(self, given: Mapping[str, Any]) -> None:
-        note = "stock attention would mix the documents of a row here, since use_cache is on; packed attention does not"
-        notes = self.run.report.notes
-        if given.get("use_cache", self.causal_lm.config.use_cache) and not is_checkpointing(self.causal_lm):
-            notes.extend([note] if note not in notes else [])
 
 
 def _depends_only_on(loss: Tensor, nodes: set[Any]) -> bool:
