@@ -26,7 +26,7 @@ from lightning_helpers import (
 from torch.testing import assert_close
 
 from fastft_lightning import FastFTLightningCallback
-from fastft_plugins import FastFTPlugin, apply
+from fastft_plugins import FastFTError, FastFTPlugin, apply
 from fastft_plugins.packing import PaddingFreeCollator
 
 EXACT = {"rtol": 2e-6, "atol": 2e-6}
@@ -221,6 +221,23 @@ def test_another_loss_beside_the_models_is_found_before_anything_learns_from_it(
     assert ours.losses[1:] == stock.losses, "the first step is computed again, from the padded batch"
     packing = plugin.report.features["packing"]
     assert not packing.enabled and "not the model's alone" in packing.reason
+
+
+def test_another_loss_beside_the_models_is_an_error_where_packing_must_be_on(tmp_path):
+    module = OwnLossBesideTheModels()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(FastFTError, match="not the model's alone"):
+        make_trainer(tmp_path, plugins=[FastFTPlugin({"packing": "on"})]).fit(module, loader())
+    assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+def test_an_optimizer_that_asks_for_a_step_several_times(tmp_path):
+    class Lbfgs(Module):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=2)
+
+    report = compare(tmp_path, Lbfgs, gradient_clip_val=None, tolerance={"rtol": 1e-4, "atol": 1e-4})
+    assert "unpacked_batches" not in report.features["packing"].metrics
 
 
 def test_switched_off_is_bitwise_stock(tmp_path):

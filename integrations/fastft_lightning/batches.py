@@ -49,7 +49,9 @@ class Twin:
     def matches(self, batch: Any) -> bool:
         """Whether the padded batch, still on the host, is the one this twin was made from."""
         return isinstance(batch, Mapping) and all(
-            isinstance(value := batch.get(name), Tensor) and torch.equal(value, tensor)
+            isinstance(value := batch.get(name), Tensor)
+            and value.device == tensor.device
+            and torch.equal(value, tensor)
             for name, tensor in self.inputs.items()
         )
 

@@ -66,7 +66,7 @@ class Step:
             output = original(*args, **kwargs)
         finally:
             self._inside, losses = False, self._losses
-            self._losses, self._twins = set(), []
+            self._losses = set()  # the twins stay: an optimizer may ask for the same step several times
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not self._was_packed or not isinstance(loss, Tensor) or _depends_only_on(loss, losses):
             return output
