@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import lightning
 import pytest
@@ -204,14 +205,15 @@ def test_a_data_module_and_validation(tmp_path):
 
 
 @pytest.mark.parametrize("make_module", [OwnLoss, LabelsOfItsOwn])
-def test_a_loss_that_may_not_be_the_models_keeps_its_padded_batches(tmp_path, make_module):
+def test_a_loss_that_may_not_be_the_models_keeps_its_padded_batches(tmp_path, make_module, caplog):
     plugin, ours, stock = FastFTPlugin(), make_module(), make_module()
     make_trainer(tmp_path).fit(stock, loader())
-    make_trainer(tmp_path, plugins=[plugin]).fit(ours, loader())
+    with caplog.at_level(logging.WARNING, logger="fastft"):
+        make_trainer(tmp_path, plugins=[plugin]).fit(ours, loader())
     assert ours.losses == stock.losses
-    metrics = plugin.report.features["packing"].metrics
-    assert metrics["unpacked_batches"] == len(ours.losses) and "packed_batches" not in metrics
-    assert any("labels" in change for change in plugin.report.features["packing"].changes)
+    packing = plugin.report.features["packing"]
+    assert not packing.enabled and "labels" in packing.reason and "packed_batches" not in packing.metrics
+    assert len([record for record in caplog.records if record.name == "fastft"]) == 1
 
 
 def test_another_loss_beside_the_models_is_found_before_anything_learns_from_it(tmp_path):
@@ -223,10 +225,13 @@ def test_another_loss_beside_the_models_is_found_before_anything_learns_from_it(
     assert not packing.enabled and "not the model's alone" in packing.reason
 
 
-def test_another_loss_beside_the_models_is_an_error_where_packing_must_be_on(tmp_path):
-    module = OwnLossBesideTheModels()
+@pytest.mark.parametrize(
+    ("make_module", "reason"), [(OwnLoss, "no labels"), (OwnLossBesideTheModels, "not the model's alone")]
+)
+def test_a_loss_of_ones_own_is_an_error_where_packing_must_be_on(tmp_path, make_module, reason):
+    module = make_module()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(FastFTError, match="not the model's alone"):
+    with pytest.raises(FastFTError, match=reason):
         make_trainer(tmp_path, plugins=[FastFTPlugin({"packing": "on"})]).fit(module, loader())
     assert_close(module.state_dict(), before, rtol=0, atol=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -123,6 +124,12 @@ def test_every_config_is_trls_with_two_more_fields(tmp_path, name):
 def test_a_bad_config_raises_when_it_is_built(tmp_path, value, message):
     with pytest.raises(FastFTConfigError, match=message):
         fastft_trl.SFTConfig(str(tmp_path), use_cpu=True, fastft=True, fastft_config=value)
+
+
+def test_without_trl_the_import_names_the_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'fastft-plugins\[trl\]'"):
+        fastft_trl.SFTConfig  # noqa: B018
 
 
 def test_settings_without_the_flag_are_reported_as_ignored(tmp_path, caplog):

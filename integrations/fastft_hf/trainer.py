@@ -88,7 +88,7 @@ def _check_loss(trainer: Trainer) -> None:
         owner = getattr(method, "__func__", method)
         if name in vars(trainer) or owner.__module__ not in _STOCK_MODULES:
             where = getattr(owner, "__qualname__", name)
-            raise Declined(f"{where} overrides {name}: the loss of your own may not be a sum over tokens")
+            raise Declined(f"{where} overrides {name}: its loss may not be a sum over tokens")
     if trainer.args.n_gpu > 1:
         raise Declined("DataParallel splits batches by rows, and a packed batch has one; launch one process per GPU")
     if trainer.args.torch_compile:

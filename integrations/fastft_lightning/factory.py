@@ -16,7 +16,8 @@ def callbacks() -> list[Any]:
         return []
     frame = sys._getframe(1)
     while frame is not None:
-        connector = getattr(frame.f_locals.get("self"), "_accelerator_connector", None)
+        # Through __dict__, because any object may be self in a calling frame, also one whose attributes have effects.
+        connector = getattr(frame.f_locals.get("self"), "__dict__", {}).get("_accelerator_connector")
         plugin = getattr(connector, "_layer_sync", None)
         if isinstance(plugin, marker.FastFTPlugin):
             return [plugin.callback]

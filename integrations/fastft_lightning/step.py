@@ -38,7 +38,9 @@ class Step:
         self.causal_lm: Any = causal_lm
         self.is_off = False
         self._twins: list[Twin] = []
-        self._reason: str | None = None
+        self._reason: str | None = None  # why the arrived batch has no twin
+        self._refusal: str | None = None  # why this step's own code kept a row that was there from the model
+        self._has_packed = False
         self._inside = False
         self._was_packed = False
         self._losses: set[Any] = set()  # the autograd nodes of the losses that the model made from its labels
@@ -61,19 +63,19 @@ class Step:
 
     def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the user's step; run it again on the padded batch if its loss is not the model's own."""
-        self._inside, self._was_packed = True, False
+        self._inside, self._was_packed, self._refusal = True, False, None
         try:
             output = original(*args, **kwargs)
         finally:
             self._inside, losses = False, self._losses
             self._losses = set()  # the twins stay: an optimizer may ask for the same step several times
+        self._has_packed |= self._was_packed
+        if self._refusal is not None and not self._has_packed:
+            self._switch_off(self._refusal)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not self._was_packed or not isinstance(loss, Tensor) or _depends_only_on(loss, losses):
             return output
-        self.is_off = True
-        self.run.switch_off(
-            "packing", Declined("training_step returns a loss that is not the model's alone, but made from more")
-        )
+        self._switch_off("training_step returns a loss that is not the model's alone, but made from more")
         return original(*args, **kwargs)
 
     def give_row(self, causal_lm: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -85,6 +87,8 @@ class Step:
         reason = self._why_not(twin, given)
         if reason is not None:
             count_batch(self.run.report.features["packing"], NotPacked(reason))
+            if twin is None or twin.metadata is not None:
+                self._refusal = reason
             return None
         assert twin is not None and twin.metadata is not None and isinstance(twin.row, dict)
         if not self.causal_lm.base_model.training:  # the decoder's own hook counts in training mode only
@@ -111,8 +115,14 @@ class Step:
         return output
 
     def _named(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        return {name: value for name, value in (bound | bound.pop("kwargs", {})).items() if value is not None}
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _switch_off(self, reason: str) -> None:
+        """Train stock from here on; raises `FastFTError` where packing must be on."""
+        self.is_off = True
+        self.run.switch_off("packing", Declined(reason))
 
     def _why_not(self, twin: Twin | None, given: Mapping[str, Any]) -> str | None:
         if twin is None:

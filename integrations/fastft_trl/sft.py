@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-from trl.scripts import sft
-
-from fastft_trl.configs import SFTConfig
+from fastft_trl import SFTConfig
 
 
 def main() -> None:
     """Parse the command line and the YAML file, and hand over to TRL's own script."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl.scripts import sft
+
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig), prog="python -m fastft_trl.sft")
     sft.main(*parser.parse_args_and_config(fail_with_unknown_args=False))
 
