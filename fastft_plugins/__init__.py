@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastft_hf import FastFTCallback
-
+    from fastft_lightning import FastFTPlugin
     from fastft_plugins.config import FastFTConfig
     from fastft_plugins.errors import FastFTConfigError, FastFTError
     from fastft_plugins.hookspecs import hookimpl
     from fastft_plugins.run import apply
 
 __version__ = "0.1.0"
-__all__ = ["FastFTCallback", "FastFTConfig", "FastFTConfigError", "FastFTError", "apply", "hookimpl", "hookspecs"]
+__all__ = [
+    "FastFTCallback",
+    "FastFTConfig",
+    "FastFTConfigError",
+    "FastFTError",
+    "FastFTPlugin",
+    "apply",
+    "hookimpl",
+    "hookspecs",
+]
 
 # Names are imported when first used: importing this package must cost nothing and pull in no framework.
 _HOMES = {
@@ -25,7 +34,11 @@ _HOMES = {
     "hookimpl": "fastft_plugins.hookspecs",
     "apply": "fastft_plugins.run",
 }
-_ADAPTERS = {"FastFTCallback": ("fastft_hf", "transformers", "hf")}
+# Name: its package, the frameworks of which one must be installed, the extra that installs them.
+_ADAPTERS = {
+    "FastFTCallback": ("fastft_hf", ("transformers",), "hf"),
+    "FastFTPlugin": ("fastft_lightning", ("lightning", "pytorch_lightning"), "lightning"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -34,9 +47,9 @@ def __getattr__(name: str) -> Any:
     if name == "hookspecs":
         return importlib.import_module("fastft_plugins.hookspecs")
     if name in _ADAPTERS:
-        module, framework, extra = _ADAPTERS[name]
-        if importlib.util.find_spec(framework) is None:
-            raise ImportError(f"{name} needs '{framework}': pip install 'fastft-plugins[{extra}]'")
+        module, frameworks, extra = _ADAPTERS[name]
+        if not any(map(importlib.util.find_spec, frameworks)):
+            raise ImportError(f"{name} needs '{frameworks[0]}': pip install 'fastft-plugins[{extra}]'")
         return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'fastft_plugins' has no attribute '{name}'")
 

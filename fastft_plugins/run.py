@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -31,6 +31,9 @@ class Target:
     trainer: Any = None
     framework: str = "torch"
     train_dataloader: Any = None  # the one about to be iterated, where training has already begun
+    # For a trainer that gets its model only when it trains: called with the run in place of the features, and sees to
+    # it that a run on that model starts then. ``model`` is a stand-in.
+    hand_over: Callable[[Run], None] | None = None
 
 
 class Feature(Protocol):
@@ -73,7 +76,10 @@ class Run:
         _active[id(self.model)] = self
         self.report.state = "running"
         try:
-            self._start_features()
+            if self.target.hand_over is not None:
+                self.target.hand_over(self)
+            else:
+                self._start_features()
         except BaseException as error:
             self.stop(error)
             raise
@@ -183,8 +189,8 @@ def find_target(target: Any) -> Target:
     if isinstance(target, nn.Module):
         return Target(target)
     raise FastFTConfigError(
-        f"target: {type(target).__module__}.{type(target).__name__} is not supported; allowed: a transformers or "
-        "TRL Trainer, an nn.Module, or a trainer that an installed plugin matches (see `fastft plugins`)"
+        f"target: {type(target).__module__}.{type(target).__name__} is not supported; allowed: a transformers, "
+        "TRL or Lightning Trainer, an nn.Module, or a trainer that an installed plugin matches (see `fastft plugins`)"
     )
 
 
@@ -192,8 +198,8 @@ class apply:
     """``with apply(target, config) as run:`` trains faster inside the block and restores everything at its end.
 
     Args:
-        target: a Hugging Face or TRL `Trainer`, an `nn.Module` trained in a loop of your own, or whatever trainer an
-            installed plugin matches.
+        target: a Hugging Face, TRL or Lightning `Trainer`, an `nn.Module` trained in a loop of your own, or whatever
+            trainer an installed plugin matches.
         config: a `FastFTConfig` or a dict of its fields.
 
     A block inside another one on the same model joins the outer run.

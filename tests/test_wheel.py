@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+PACKAGES = {"fastft_plugins", "fastft_hf", "fastft_lightning", "fastft_trl"}
+
 TRAIN = """
 import sys, torch, transformers, fastft_plugins
 assert "site-packages" in fastft_plugins.__file__, fastft_plugins.__file__
@@ -49,8 +51,8 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fastft_plugins", "fastft_hf"}
-    assert {"fastft_plugins/py.typed", "fastft_hf/py.typed"} <= set(names)
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == PACKAGES
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
 
 
 def test_the_wheel_trains_in_an_empty_environment(wheel, tmp_path):

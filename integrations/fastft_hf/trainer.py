@@ -8,10 +8,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from fastft_plugins.errors import Declined
+from fastft_plugins.packing.dataloader import wrap_dataloader
 from fastft_plugins.run import Run
 
 # Methods that decide the loss, and the modules whose versions are known to sum over tokens.
@@ -88,7 +88,7 @@ def _check_loss(trainer: Trainer) -> None:
         owner = getattr(method, "__func__", method)
         if name in vars(trainer) or owner.__module__ not in _STOCK_MODULES:
             where = getattr(owner, "__qualname__", name)
-            raise Declined(f"{where} overrides {name}: the loss of your own may not be a sum over tokens")
+            raise Declined(f"{where} overrides {name}: its loss may not be a sum over tokens")
     if trainer.args.n_gpu > 1:
         raise Declined("DataParallel splits batches by rows, and a packed batch has one; launch one process per GPU")
     if trainer.args.torch_compile:
@@ -101,17 +101,4 @@ def _wrap(run: Run, train_dataloader: Any, wrap_collator: Callable[[Any], Any]) 
     loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
     if type(train_dataloader).__name__ == "DataLoaderDispatcher":
         raise Declined("the dataloader dispatches slices of one batch to all processes; set dispatch_batches=False")
-    if not isinstance(loader, DataLoader) or (loader.batch_size is None and loader.batch_sampler is None):
-        raise Declined(f"{type(loader).__name__} is not a torch DataLoader with a collator")
-    if isinstance(loader.collate_fn, type(wrap_collator(None))):
-        return  # already wrapped, or the user's own padding-free collator
-    _restart_workers(loader)
-    run.ledger.record("persistent dataloader workers", functools.partial(_restart_workers, loader))
-    run.ledger.setattr(loader, "collate_fn", wrap_collator(loader.collate_fn))
-
-
-def _restart_workers(loader: DataLoader[Any]) -> None:
-    """Persistent workers keep the collator they were started with; without an iterator the loader starts new ones."""
-    if loader.persistent_workers and loader._iterator is not None:
-        loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
-        loader._iterator = None
+    wrap_dataloader(run, loader, wrap_collator)

@@ -1,0 +1,156 @@
+"""One training step: which packed rows belong to it, what the model is given, and whether its loss was the model's.
+
+The user's ``training_step`` gets the padded batch. Where it calls the model with that batch's own tensors, labels
+included, the model is given the packed row instead, and the logits come back in the padded shape. A loss that the model
+computes from its labels is a sum over tokens, so packing cannot change it; any other loss might be changed, and a step
+that returns one is computed again from the padded batch before anything has learned from it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastft_lightning.batches import MODEL_INPUTS, Twin, at, take_twins
+from fastft_lightning.padded import PaddedLogits
+from fastft_lightning.traps import is_checkpointing
+from fastft_plugins.errors import Declined
+from fastft_plugins.packing import METADATA_KEY
+from fastft_plugins.packing.collator import PACKED_KEYS
+from fastft_plugins.packing.feature import count_batch
+from fastft_plugins.packing.metadata import NotPacked
+from fastft_plugins.run import Run
+
+_PASSED_ON = ("num_items_in_batch", "return_dict")
+_HARMLESS = (*MODEL_INPUTS, *PACKED_KEYS, *_PASSED_ON, "use_cache")  # use_cache: packed attention switches it off
+_LEAK = "stock attention would mix the documents of a row here, since use_cache is on; packed attention does not"
+
+
+class Step:
+    """The state between the arrival of a batch and the end of its ``training_step``."""
+
+    def __init__(self, run: Run, causal_lm: nn.Module) -> None:
+        self.run = run
+        self.causal_lm: Any = causal_lm
+        self.is_off = False
+        self._twins: list[Twin] = []
+        self._reason: str | None = None  # why the arrived batch has no twin
+        self._refusal: str | None = None  # why this step's own code kept a row that was there from the model
+        self._has_packed = False
+        self._inside = False
+        self._was_packed = False
+        self._losses: set[Any] = set()  # the autograd nodes of the losses that the model made from its labels
+        self._is_leak_known = False
+        self._signature = inspect.signature(causal_lm.forward)
+
+    def move(self, batch: Any, to_device: Callable[[Any], Any], is_training: bool) -> Any:
+        """Take the twins out of a batch and let them follow it to its device."""
+        batch, found = take_twins(batch)
+        same = {path: twin for path, twin in found.items() if twin.matches(at(batch, path))}
+        moved = to_device(batch)
+        self._twins, self._reason = [], None
+        if is_training and not self.is_off:
+            self._twins = [twin.follow(at(moved, path)) for path, twin in same.items()]
+            if not found:
+                self._reason = "the batch came without its metadata: not a mapping, or rebuilt by a hook"
+            elif len(same) < len(found):
+                self._reason = "a hook changed the batch after the collator"
+        return moved
+
+    def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the user's step; run it again on the padded batch if its loss is not the model's own."""
+        self._inside, self._was_packed, self._refusal = True, False, None
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            self._inside, losses = False, self._losses
+            self._losses = set()  # the twins stay: an optimizer may ask for the same step several times
+        self._has_packed |= self._was_packed
+        if self._refusal is not None and not self._has_packed:
+            self._switch_off(self._refusal)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not self._was_packed or not isinstance(loss, Tensor) or _depends_only_on(loss, losses):
+            return output
+        self._switch_off("training_step returns a loss that is not the model's alone, but made from more")
+        return original(*args, **kwargs)
+
+    def give_row(self, causal_lm: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the model: replace the batch's tensors by the packed row."""
+        if not self._inside or self.is_off or not torch.is_grad_enabled():
+            return None
+        given = self._named(args, kwargs)
+        twin = next((twin for twin in self._twins if twin.inputs.get("input_ids") is given.get("input_ids")), None)
+        reason = self._why_not(twin, given)
+        if reason is not None:
+            count_batch(self.run.report.features["packing"], NotPacked(reason))
+            if twin is None or twin.metadata is not None:
+                self._refusal = reason
+            return None
+        assert twin is not None and twin.metadata is not None and isinstance(twin.row, dict)
+        if not self.causal_lm.base_model.training:  # the decoder's own hook counts in training mode only
+            count_batch(self.run.report.features["packing"], twin.metadata)
+        if twin.came_packed and len(twin.metadata.lengths) > 1 and not self._is_leak_known:
+            self._is_leak_known = True
+            if given.get("use_cache", self.causal_lm.config.use_cache) and not is_checkpointing(self.causal_lm):
+                self.run.report.notes.append(_LEAK)
+        return (), twin.row | {name: given[name] for name in _PASSED_ON if name in given}
+
+    def take_output(self, causal_lm: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of the model: remember the loss, and give the logits the shape of the padded batch."""
+        if not self._inside:
+            return None
+        loss, metadata = getattr(output, "loss", None), kwargs.get(METADATA_KEY)
+        if loss is not None and loss.grad_fn is not None:
+            self._losses.add(loss.grad_fn)
+        twin = next((twin for twin in self._twins if metadata is not None and twin.metadata is metadata), None)
+        if twin is None:
+            return None
+        self._was_packed = True
+        assert twin.index_T is not None
+        output["logits"] = PaddedLogits.of(output.logits, twin.index_T, twin.inputs["input_ids"].shape)
+        return output
+
+    def _named(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _switch_off(self, reason: str) -> None:
+        """Train stock from here on; raises `FastFTError` where packing must be on."""
+        self.is_off = True
+        self.run.switch_off("packing", Declined(reason))
+
+    def _why_not(self, twin: Twin | None, given: Mapping[str, Any]) -> str | None:
+        if twin is None:
+            return self._reason or "training_step calls the model with other input_ids than the batch's"
+        if isinstance(twin.row, NotPacked):
+            return twin.row.reason
+        if "labels" not in given:
+            return "training_step passes no labels to the model: a loss of its own may not be a sum over tokens"
+        changed = twin.changed_input(given)
+        if changed is not None:
+            return f"training_step does not pass the batch's {changed} on as it came"
+        for name, value in given.items():
+            if name not in _HARMLESS and value is not False:
+                return f"training_step passes {name} to the model"
+        if given.get("return_dict") is False or getattr(self.causal_lm.config, "output_hidden_states", False):
+            return "the model returns a tuple or hidden states, which keep the shape of the row"
+        return None
+
+
+def _depends_only_on(loss: Tensor, nodes: set[Any]) -> bool:
+    """Whether no parameter is reached from ``loss`` except through ``nodes``."""
+    pending, seen = [loss.grad_fn], set(nodes)
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if not node.next_functions:
+            return False
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)
+    return True

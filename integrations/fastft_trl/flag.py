@@ -1,0 +1,62 @@
+"""The callback behind ``fastft=True``: every Trainer of the process gets one, and it does nothing without the flag."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_CALLBACKS
+
+from fastft_hf import FastFTCallback
+from fastft_hf.trainer import find_trainer
+from fastft_plugins.config import FastFTConfig
+from fastft_plugins.report import Report
+
+
+class FlagCallback(FastFTCallback):
+    """`FastFTCallback` with the config that it finds in the Trainer's own arguments."""
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go last: a callback that fails in on_train_begin then fails before anything has been changed."""
+        trainer = find_trainer(self) if _is_set(args) else None
+        if trainer is not None:
+            handler = trainer.callback_handler
+            # A new list: the old one is being iterated over.
+            handler.callbacks = [*(other for other in handler.callbacks if other is not self), self]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if _is_set(args):
+            self.config = FastFTConfig.coerce(args.fastft_config)
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if _is_set(args):
+            super().on_train_end(args, state, control, **kwargs)
+
+
+def register() -> None:
+    """Make transformers give every new Trainer a `FlagCallback`; called when a config with ``fastft=True`` is built."""
+    if FlagCallback not in DEFAULT_CALLBACKS:
+        DEFAULT_CALLBACKS.append(FlagCallback)
+
+
+def report_of(trainer: Trainer) -> Report:
+    """The report of the last training of a trainer whose config has ``fastft=True``.
+
+    Raises:
+        ValueError: if the trainer was made without the flag.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, FlagCallback) and _is_set(trainer.args):
+            return callback.report
+    raise ValueError(
+        f"trainer: this {type(trainer).__name__} has no fastft; make it with a config that has fastft=True"
+    )
+
+
+def _is_set(args: TrainingArguments) -> bool:
+    return bool(getattr(args, "fastft", False))
