@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import transformers
-from fastft_hf.families import FAMILIES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fastft_hf.families import FAMILIES
 
 VOCABULARY = 97
 _MOST_PARAMETERS = 1_500_000

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from family_models import VOCABULARY, causal_lm_classes, tiny_family
-from fastft_hf import families, suitability
-from fastft_hf.families import FAMILIES, WINDOWED, Family
-from fastft_hf.model import _attention_forward
 from hf_helpers import Pad, documents
 from torch.testing import assert_close
 
+from fastft_hf import families, suitability
+from fastft_hf.families import FAMILIES, WINDOWED, Family
+from fastft_hf.model import _attention_forward
 from fastft_plugins import FastFTError, apply
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, PaddingFreeCollator
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from fastft_hf.experts import _is_experts
 from moe_helpers import gradients, stock_forward, tiny_causal_lm
 from torch.testing import assert_close
 
+from fastft_hf.experts import _is_experts
 from fastft_plugins import apply
 from fastft_plugins.moe import experts_forward
 from fastft_plugins.moe.gates import gate_of

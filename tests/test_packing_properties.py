@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from fastft_hf import model as hf_model
 from hf_helpers import VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
+from fastft_hf import model as hf_model
 from fastft_plugins import apply
 from fastft_plugins.kernels import segments
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, PaddingFreeCollator, collator, packed_attention
