@@ -77,7 +77,7 @@ def compile_launches() -> None:
                 "kernel": f"{self.__module__.rsplit('.', 1)[1]}.{self.__name__}",
                 "options": {name: value for name, value in options.items() if value is not False},
                 "dtype": dtype_of(args),
-                "odd": ODD in args,
+                "odd": any(isinstance(arg, int) and arg in (ODD, 2 * ODD) for arg in args),
                 "shared": kernel.metadata.shared,
                 "spilled": int(spills[1]) if spills else 0,
                 "registers": int(registers[1]) if registers else None,
@@ -146,13 +146,13 @@ class Calls:
         out = self.data(self.size, width) if accumulate else None
         matmul.grouped_matmul(self.rows(inner, indexed), self.weight(inner, width, transposed), self.offsets, out)
 
-    def weight_grad(
-        self, inner: int = WIDTH, width: int = WIDTH, indexed: bool = False, grad_indexed: bool = False
-    ) -> None:
-        matmul.grouped_weight_grad(self.rows(inner, indexed), self.rows(width, grad_indexed), self.offsets)
+    def weight_grad(self, inner: int = WIDTH, width: int = WIDTH) -> None:
+        matmul.grouped_weight_grad(self.rows(inner), self.rows(width), self.offsets)
 
-    def tma(self, transposed: bool = False) -> None:
-        tma.grouped_matmul(self.rows(WIDTH), self.weight(WIDTH, WIDTH, transposed), self.offsets)
+    def tma(self) -> None:
+        for transposed in (False, True):
+            tma.grouped_matmul(self.rows(WIDTH), self.weight(WIDTH, WIDTH, transposed), self.offsets)
+        tma.grouped_weight_grad(self.rows(WIDTH), self.rows(2 * WIDTH), self.offsets)
 
     def one_of_each(self) -> None:
         self.counting_sort()
@@ -164,8 +164,7 @@ class Calls:
         self.lora()
         self.matmul(indexed=True)
         self.matmul(transposed=True)
-        self.weight_grad(indexed=True)
-        self.weight_grad(grad_indexed=True)
+        self.weight_grad()
 
     def lora(self) -> None:
         """Products with a width of one rank, forward and backward, and their weight gradients."""
@@ -173,8 +172,8 @@ class Calls:
         self.matmul(inner=RANK, accumulate=True)
         self.matmul(width=RANK, transposed=True)
         self.matmul(inner=RANK, transposed=True, accumulate=True)
-        self.weight_grad(width=RANK, indexed=True)
-        self.weight_grad(inner=RANK, grad_indexed=True)
+        self.weight_grad(width=RANK)
+        self.weight_grad(inner=RANK)
 
     def small_kernels(self) -> None:
         for experts in (1, 128, 300):
@@ -195,9 +194,9 @@ class Calls:
     def products(self) -> None:
         for indexed, transposed in itertools.product((False, True), repeat=2):
             self.matmul(indexed=indexed, transposed=transposed)
-            self.weight_grad(indexed=indexed, grad_indexed=transposed)
         self.matmul(accumulate=True)
         self.matmul(inner=ODD, width=2 * ODD)
+        self.weight_grad(inner=ODD, width=2 * ODD)
         self.lora()
 
 
@@ -211,13 +210,12 @@ def main(capability: int, what: str) -> None:
     bf16, fp16 = Calls(torch.bfloat16), Calls(torch.float16)
     bf16.one_of_each()
     if capability == 90:
-        for transposed in (False, True):
-            bf16.tma(transposed)
-            fp16.tma(transposed)
+        bf16.tma()
+        fp16.tma()
     if "products" in what:
         bf16.products()
         fp16.matmul(indexed=True)
-        fp16.weight_grad(indexed=True)
+        fp16.weight_grad()
     if "rest" in what:
         bf16.small_kernels()
         bf16.gates()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
+import pickle
 import weakref
 
 import pytest
@@ -343,3 +345,15 @@ def test_random_state_is_that_of_the_stock_run(tmp_path):
         make_trainer(tmp_path, tiny_model(), callbacks=callbacks).train()
         draws.append(torch.rand(4))
     assert torch.equal(*draws)
+
+
+def test_a_copy_made_during_a_run_is_stock(tmp_path):
+    """A pickle and a deep copy of the model, used after the run has ended."""
+    model = tiny_model()
+    ids = torch.arange(1, 13).view(2, 6)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with apply(model):
+            copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(copy.deepcopy(model.model.layers)))]
+        assert torch.equal(copies[0](ids).logits, expected)
+    assert all(type(layer.self_attn.config) is type(model.config) for layer in copies[1])

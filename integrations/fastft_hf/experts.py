@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from fastft_hf import experts_lora
+from fastft_hf.stand_in import StandInConfig
 from fastft_plugins.errors import Declined, NothingToWin
 from fastft_plugins.run import Run
 
@@ -84,23 +84,8 @@ def _why_not(module: Any) -> str | None:
     return None
 
 
-class _Config:
-    """A module's config that names the function registered here. A copy or pickle of it is the config itself."""
-
-    _experts_implementation = _EXPERTS_NAME
-
-    def __init__(self, stock: Any) -> None:
-        self._fastft_stock_config = stock
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._fastft_stock_config, name)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return operator.getitem, ((self._fastft_stock_config,), 0)
-
-
 def _install(run: Run, module: Any, experts_fn: Callable[..., Tensor]) -> None:
-    run.ledger.setattr(module, "config", _Config(module.config))
+    run.ledger.setattr(module, "config", StandInConfig(module.config, _experts_implementation=_EXPERTS_NAME))
     _active[module] = experts_fn
     reference = weakref.ref(module)
 

@@ -2,7 +2,7 @@
 
 Two seams, both on instances. A forward pre-hook on the decoder gives a packed batch a 4-D mask of size zero: masking
 then returns it as it is, before it would look for packed sequences (which waits for the GPU) or build a T×T mask. And
-every attention module gets a copy of its config that names the attention function registered here; it serves packed
+every attention module gets a config that names the attention function registered here; it serves packed
 batches, found by the metadata among the keyword arguments, and hands all others to the model's own function.
 The metadata travels with the call, so a checkpointed layer finds it again when it is recomputed. Layers that do not
 pass keyword arguments on still pass the mask on, so the mask carries the metadata too.
@@ -10,7 +10,6 @@ pass keyword arguments on still pass the mask on, so the mask carries the metada
 
 from __future__ import annotations
 
-import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastft_hf.families import Family
+from fastft_hf.stand_in import StandInConfig
 from fastft_hf.suitability import family_of, why_not
 from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, packed_attention
@@ -62,10 +62,7 @@ def inject_packed_attention(run: Run, causal_lm: PreTrainedModel) -> str:
         raise Declined(f"attention layers of {type(causal_lm).__name__} are not causal; packed attention is")
     run.ledger.share("transformers' attention function 'fastft'", _register, _unregister)
     for attention in attentions:
-        config = copy.copy(attention.config)
-        config._attn_implementation_internal = _ATTENTION_NAME
-        config._fastft_stock_config = attention.config
-        run.ledger.setattr(attention, "config", config)
+        run.ledger.setattr(attention, "config", StandInConfig(attention.config, _attn_implementation=_ATTENTION_NAME))
     decoder = _innermost_model(causal_lm, attentions)
     hook = decoder.register_forward_pre_hook(_make_hook(run, family_of(causal_lm)), with_kwargs=True)
     run.ledger.record("the decoder's forward pre-hook", hook.remove)

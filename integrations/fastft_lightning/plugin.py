@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,13 +30,14 @@ def fastft_matches(target: Any) -> Target | None:
 
 
 @hookimpl
-def fastft_inject_metadata(run: Run, wrap_collator: Callable[[Any], Any]) -> str | None:
+def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str | None:
     framework = run.target.framework
     if framework not in ("lightning", "fabric"):
         return None
     if "transformers" not in sys.modules:
         raise Declined(f"{type(run.model).__name__} does not hold a causal language model of transformers")
     from fastft_hf import model
+    from fastft_hf.suitability import family_of
     from fastft_lightning import fabric, trainer
 
     causal_lm = model.find_causal_lm(run.model)
@@ -43,7 +45,8 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[[Any], Any]) -> str
         raise model.not_a_causal_lm(run.model)
     if framework == "fabric":
         return fabric.inject_seal(run, causal_lm)
-    return trainer.inject_batches(run, causal_lm, wrap_collator)
+    wrap = partial(wrap_collator, move_positions=family_of(causal_lm).moves_positions)
+    return trainer.inject_batches(run, causal_lm, wrap)
 
 
 def _add_callback(run: Run) -> None:

@@ -1,0 +1,22 @@
+"""A config for one module of a model, in which a run's function is named instead of stock's."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+
+class StandInConfig:
+    """``stock`` with some attributes replaced. A copy or pickle of it is ``stock`` itself: copies of a model are stock.
+
+    What is read and not replaced comes from ``stock`` at that moment; ``_fastft_stock_config`` is ``stock``.
+    """
+
+    def __init__(self, stock: Any, **replaced: Any) -> None:
+        vars(self).update(replaced, _fastft_stock_config=stock)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_fastft_stock_config"], name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return operator.getitem, ((self._fastft_stock_config,), 0)
