@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from fastft_hf import experts_lora
 from fastft_hf.stand_in import StandInConfig
 from fastft_plugins.errors import Declined, NothingToWin
 from fastft_plugins.run import Run
+
+logger = logging.getLogger("fastft")
 
 _EXPERTS_NAME = "fastft"
 
@@ -100,14 +104,22 @@ def _install(run: Run, module: Any, experts_fn: Callable[..., Tensor]) -> None:
 def _experts_forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """transformers' signature: hidden_states ``[T, H]``, top_k_index and top_k_weights ``[T, K]`` → ``[T, H]``."""
     experts_fn = _active.get(module)
-    if experts_fn is None or kwargs or not serves(module) or _is_sharded(module):
+    if experts_fn is None or kwargs or not serves(module) or _is_sharded(module.down_proj):
         return _stock(module)(module, hidden_states, *args, **kwargs)
     return experts_fn(module, hidden_states, *args)
 
 
-def _is_sharded(module: Any) -> bool:
+def _is_sharded(weight: Tensor) -> bool:
     """Tensor parallelism leaves DTensors as weights in the forward; FSDP puts whole tensors there."""
-    return type(module.down_proj).__name__ == "DTensor" or type(module.down_proj.data).__name__ == "DTensor"
+    sharded = "DTensor" in (type(weight).__name__, type(weight.data).__name__)
+    if sharded:
+        _warn_of_sharding()
+    return sharded
+
+
+@functools.cache  # once
+def _warn_of_sharding() -> None:
+    logger.warning("fastft: the experts' weights are sharded tensors in the forward; stock computes those layers")
 
 
 def _stock(module: Any) -> Callable[..., Tensor]:
