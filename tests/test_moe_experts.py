@@ -13,7 +13,7 @@ from moe_helpers import KINDS, gradients, make_experts, make_inputs, stock_forwa
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from fastft_plugins.moe import experts_forward, function, route
+from fastft_plugins.moe import experts_forward, function, projection, route
 from fastft_plugins.moe.gates import gate_of
 
 FP32_INSIDE = {"normed", "unknown"}  # stock computes their norm or gate in fp32
@@ -31,14 +31,14 @@ def compare(kind, module, *inputs):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Products leave NaN in the rows that belong to no expert, as torch's grouped_mm may."""
-    product = function.grouped_matmul
+    product = projection.grouped_matmul
 
     def poison(rows, weight, offsets, out=None):
         out = product(rows, weight, offsets, out)
         out[offsets[-1] :] = torch.nan
         return out
 
-    monkeypatch.setattr(function, "grouped_matmul", poison)
+    monkeypatch.setattr(projection, "grouped_matmul", poison)
 
 
 # ------------------------------------------------------------------------------------------------ routing
@@ -217,8 +217,8 @@ def test_only_what_wants_a_gradient_gets_one(trained, monkeypatch):
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name == trained)
     made = []
-    weight_grad = function.grouped_weight_grad
-    monkeypatch.setattr(function, "grouped_weight_grad", lambda *args: made.append(1) or weight_grad(*args))
+    weight_grad = projection.grouped_weight_grad
+    monkeypatch.setattr(projection, "grouped_weight_grad", lambda *args: made.append(1) or weight_grad(*args))
     ours = gradients(experts_forward, module, *inputs)
     assert_close(ours, {name: expected[name] for name in ours}, **tolerance("clamped"))
     assert set(ours) == {"out", "x", "weights", trained} - {""}

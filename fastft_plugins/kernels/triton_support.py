@@ -43,11 +43,24 @@ def _has_triton() -> bool:
 def triton_kernel(module: str, function: str) -> Callable[..., Any]:
     """A function of ``fastft_plugins.kernels.triton``, whose module is imported at the first call."""
 
+    @functools.cache
+    def kernel() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(
+            importlib.import_module(f"fastft_plugins.kernels.triton.{module}"), function
+        )
+        return found
+
     def run(*arguments: Any) -> Any:
-        kernel = getattr(importlib.import_module(f"fastft_plugins.kernels.triton.{module}"), function)
+        if _one_gpu():
+            return kernel()(*arguments)
         # Triton launches on the current device, which a model spread over several GPUs does not change between layers.
         tensors = (getattr(argument, "source_XH", argument) for argument in arguments)
         with torch.cuda.device_of(next(tensor for tensor in tensors if isinstance(tensor, torch.Tensor))):
-            return kernel(*arguments)
+            return kernel()(*arguments)
 
     return run
+
+
+@functools.cache
+def _one_gpu() -> bool:
+    return torch.cuda.device_count() == 1

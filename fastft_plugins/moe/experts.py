@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft_plugins.moe.function import Projection, run_experts
+from fastft_plugins.moe.function import run_experts
 from fastft_plugins.moe.gates import gate_of
+from fastft_plugins.moe.projection import Projection
 from fastft_plugins.moe.routing import Routing, route
 
 # The two factors of LoRA on one weight, as they multiply rows: [E, in, R] and [E, R, out], the scale included.

@@ -9,46 +9,25 @@ s the routing weight of a row and dO the gradient of its token's output:
 The routing weight is applied after W2's transpose, so that no row of width H is scaled, and ds needs no output of W2.
 
 Shape suffixes: T tokens, K experts of a token, S = T·K rows, E experts, H hidden width, I intermediate width, N width
-of z (2·I, or I without a gate), R rank of LoRA.
+of z (2·I, or I without a gate).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft_plugins.kernels.gate import Gate, gate_backward, gate_forward
-from fastft_plugins.kernels.grouped_matmul import grouped_matmul, grouped_weight_grad
-from fastft_plugins.kernels.rows import Rows, combine_rows, segment_sum
+from fastft_plugins.kernels.rows import Rows, combine_rows
+from fastft_plugins.moe.projection import Low, Projection, low_back, parameter_grads, project, project_back
 from fastft_plugins.moe.routing import Routing
 
 _T = TypeVar("_T")
-
-
-class Projection(NamedTuple):
-    """One of the two linear maps of every expert: ``rows @ weight + bias``, plus ``rows @ lora_a @ lora_b``.
-
-    Attributes:
-        weight: ``[E, in, out]``, any strides.
-        bias: ``[E, out]`` or None.
-        lora_a: ``[E, in, R]`` or None.
-        lora_b: ``[E, R, out]`` or None; the scale of LoRA is part of it.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-
-    def to(self, dtype: torch.dtype) -> Projection:
-        """The same map in another dtype; differentiable."""
-        bias, lora_a, lora_b = (part if part is None else part.to(dtype) for part in self[1:])
-        return Projection(self.weight.to(dtype), bias, lora_a, lora_b)
 
 
 def run_experts(
@@ -90,11 +69,11 @@ class _Experts(torch.autograd.Function):
         order_S, inverse_S, _, offsets_E = routing
         up, down = Projection(w1, b1, a1, c1), Projection(w2, b2, a2, c2)
         token_S = torch.div(order_S, ids_TK.shape[1], rounding_mode="floor")
-        z_SN, low1_SR = _project(Rows(x_TH, token_S), up, offsets_E)
+        z_SN, low1_SR = project(Rows(x_TH, token_S), up, offsets_E)
         parts = []
         for span, ends_E in _spans(down.weight, offsets_E, order_S):
             a_SI = gate_forward(gate, z_SN[span], b1, order_S[span], ends_E)
-            parts.append(_project(Rows(a_SI), down, ends_E))
+            parts.append(project(Rows(a_SI), down, ends_E))
             del a_SI
         out_SH = _joined([out for out, _ in parts])
         low2_SR = _joined([low for _, low in parts if low is not None]) if c2 is not None else None
@@ -130,17 +109,20 @@ class _Experts(torch.autograd.Function):
         scaled_SI = None
         if need_down.weight or need_down.lora_a:
             scaled_SI = z_SN.new_empty((z_SN.shape[0], w2.shape[1]))
+        lows = []
         for span, ends_E in _spans(w2, offsets_E, order_S):
             part = douts.part(span)
-            da_SI = _project_back(part, down, ends_E)
-            if not need_down.weight:
+            da_SI, dlow_SR = project_back(part, down, ends_E)
+            lows.append(dlow_SR)
+            if not (need_down.weight or need_down.lora_b):
                 part.release()
             gate_backward(
                 ctx.gate, z_SN[span], b1, da_SI, scales_S, order_S[span], ends_E, dz_SN[span], dscales_S,
                 None if scaled_SI is None else scaled_SI[span],
             )  # fmt: skip
             del part, da_SI
-        ddown = _parameter_grads(scaled_SI, douts, down, need_down, low2_SR, offsets_E, scales_S, order_S)
+        low2 = Low(low2_SR, _joined([low for low in lows if low is not None]) if c2 is not None else None)
+        ddown = parameter_grads(scaled_SI, douts, down, need_down, low2, offsets_E, scales_S, order_S)
         del scaled_SI, douts
         dweights_TK = None
         if need_weights and ctx.combine:
@@ -149,12 +131,14 @@ class _Experts(torch.autograd.Function):
                 dweights_TK = dweights_TK + _bias_dots(dout, b2, ids_TK)
             dweights_TK = dweights_TK.to(weights_TK.dtype)
         dzs = Rows(dz_SN)
-        dx_TH = None
+        dx_TH = dlow_SR = None
         if need_x:
-            dx_SH = _project_back(dzs, up, offsets_E)
+            dx_SH, dlow_SR = project_back(dzs, up, offsets_E)
             dx_TH = combine_rows(dx_SH, inverse_S.view_as(ids_TK), offsets_E)
             del dx_SH
-        dup = _parameter_grads(Rows(x_TH, token_S), dzs, up, need_up, low1_SR, offsets_E)
+        elif need_up.lora_a:
+            dlow_SR = low_back(dzs, up, offsets_E)
+        dup = parameter_grads(Rows(x_TH, token_S), dzs, up, need_up, Low(low1_SR, dlow_SR), offsets_E)
         return dx_TH, dweights_TK, *dup, *ddown, None, None, None, None
 
 
@@ -183,59 +167,6 @@ def _graph_is_kept() -> bool:
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _project(rows: Rows, projection: Projection, offsets_E: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The rows' products without the bias, and their image in LoRA's low dimension."""
-    out = grouped_matmul(rows, projection.weight, offsets_E)
-    if projection.lora_a is None or projection.lora_b is None:
-        return out, None
-    low_SR = grouped_matmul(rows, projection.lora_a, offsets_E)
-    return grouped_matmul(Rows(low_SR), projection.lora_b, offsets_E, out), low_SR
-
-
-def _project_back(douts: Rows, projection: Projection, offsets_E: Tensor) -> Tensor:
-    """The gradient of the rows that `_project` was given."""
-    out = grouped_matmul(douts, projection.weight.transpose(1, 2), offsets_E)
-    if projection.lora_a is None or projection.lora_b is None:
-        return out
-    dlow = Rows(grouped_matmul(douts, projection.lora_b.transpose(1, 2), offsets_E))
-    return grouped_matmul(dlow, projection.lora_a.transpose(1, 2), offsets_E, out)
-
-
-def _parameter_grads(
-    rows: Rows | Tensor | None,
-    douts: Rows,
-    projection: Projection,
-    need: Projection,
-    low_SR: Tensor | None,
-    offsets_E: Tensor,
-    scales_S: Tensor | None = None,
-    order_S: Tensor | None = None,
-) -> Projection:
-    """The gradients of a projection's parameters, each where it is needed.
-
-    ``scales_S`` (by slot) belong to the outputs of the second projection: its rows come scaled, ``low_SR`` does not.
-    """
-    row_scales_S = None
-    if scales_S is not None and order_S is not None and (need.bias or need.lora_b):
-        row_scales_S = scales_S.index_select(0, order_S)
-    rows = Rows(rows) if isinstance(rows, Tensor) else rows
-    dweight = dbias = da = db = None
-    if need.weight and rows is not None:
-        if projection.weight.stride(2) == 1:
-            dweight = grouped_weight_grad(rows, douts, offsets_E)
-        else:  # a transposed view: make the gradient in the layout of the parameter behind it
-            dweight = grouped_weight_grad(douts, rows, offsets_E).transpose(1, 2)
-    if need.bias and projection.bias is not None:
-        dbias = segment_sum(douts, offsets_E, row_scales_S).to(projection.bias.dtype)
-    if need.lora_a and projection.lora_b is not None and rows is not None:
-        dlow = Rows(grouped_matmul(douts, projection.lora_b.transpose(1, 2), offsets_E))
-        da = grouped_weight_grad(rows, dlow, offsets_E)
-    if need.lora_b and low_SR is not None:
-        low_SR = low_SR if row_scales_S is None else (low_SR * row_scales_S[:, None]).to(low_SR.dtype)
-        db = grouped_weight_grad(Rows(low_SR), douts, offsets_E)
-    return Projection(dweight, dbias, da, db)  # type: ignore[arg-type]
 
 
 def _bias_dots(dout_TH: Tensor, b2_EH: Tensor, ids_TK: Tensor) -> Tensor:
