@@ -5,7 +5,8 @@
 
 A case is SHAPE:TOKENS:MODE. In the mode "frozen" only the block's input and router are trained, in "trained" the
 experts too, and in "lora" adapters of rank 16 on both expert weights, through PEFT's ``target_parameters``. Routing is
-the router's own ("balanced"), or one expert takes 30 % of the rows ("skewed", not with LoRA).
+the router's own ("balanced"), or one expert takes 30 % of the rows ("skewed", not with LoRA). With ``--peers`` two
+open-source peers take turns too, see `benchmarks.moe_peers`, each once its results have agreed with stock's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import describe_environment, git_commit
+from benchmarks.moe_peers import PEERS, check, recorded, register, suits
 from benchmarks.moe_shapes import CASES, SHAPES, Block, build_block, skewed_ids
 from benchmarks.moe_split import copy_bandwidth, glue_bytes, kernel_times
 
@@ -40,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             ["python", "-m", "benchmarks.moe_block", *(sys.argv[1:] if arguments is None else arguments)]
         ),
         "environment": describe_environment(device),
+        "peers": register() if options.peers else {},
         "copy_bandwidth": copy_bandwidth() if device.type == "cuda" else None,
         "cases": [],
     }
@@ -47,16 +50,24 @@ def main(arguments: list[str] | None = None) -> int:
                          "peak GB", "rest ms / its bytes"), flush=True)  # fmt: skip
     for case in options.cases:
         for routing in options.routing if case[2] != "lora" else ["balanced"]:
-            entry = measure(case, routing, device, options)
+            entry = measure(
+                case,
+                routing,
+                device,
+                options,
+                [name for name, state in result["peers"].items() if "error" not in state],
+            )
             result["cases"].append(entry)
             print(row(entry), flush=True)
+            for peer, state in entry["peers"].items():
+                print(f"  {peer}: {peer_row(entry, peer)}" if "error" not in state else f"  {peer}: failed", flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
 def measure(
-    case: tuple[str, int, str], routing: str, device: torch.device, options: argparse.Namespace
+    case: tuple[str, int, str], routing: str, device: torch.device, options: argparse.Namespace, peers: list[str]
 ) -> dict[str, Any]:
     shape, tokens, mode = case
     block = build_block(shape, tokens, mode, device)
@@ -70,20 +81,26 @@ def measure(
         "ms": {},
         "peak": {},
         "gpu_ms": {},
+        "peers": {},
     }
     stacks = ["stock", "fastft", *(["eager"] if options.eager and mode != "lora" else [])]
+    for peer in peers if mode != "lora" and suits(block) else []:
+        with recorded(peer, entry["peers"]):
+            entry["peers"][peer] = check(block, peer)
+            stacks.append(peer)
     for stack in stacks:
-        with block.running(stack) as report:
+        with recorded(stack, entry["peers"]), block.running(stack) as report:
             _times(block, 2)
             if device.type == "cuda":
                 entry["peak"][stack] = _peak(block)
                 block.forget_grads()
-                entry["gpu_ms"][stack] = kernel_times(block.step)
+                if stack not in PEERS:  # their kernels are of other names, and some do both
+                    entry["gpu_ms"][stack] = kernel_times(block.step)
             if stack == "fastft":
                 entry["report"] = report
     for _ in range(options.turns):
         for stack in stacks:
-            with block.running(stack):
+            with recorded(stack, entry["peers"]), block.running(stack):
                 _times(block, 1)
                 entry["ms"].setdefault(stack, []).append(statistics.median(_times(block, options.steps)))
     entry["glue_bytes"] = glue_bytes(block, tokens, mode)
@@ -102,6 +119,14 @@ def row(entry: dict[str, Any]) -> str:
     rest = f"{gpu['rest']:.2f} / {entry['glue_bytes'] / 4.3e9:.2f}" if gpu else "–"
     faster = f"{stock / ours:.2f}×"
     return _HEADER.format(*case, f"{stock:.2f}", f"{ours:.2f}", faster, f"({each})", memory, rest)
+
+
+def peer_row(entry: dict[str, Any], peer: str) -> str:
+    ms = {stack: statistics.median(entry["ms"][stack]) for stack in ("stock", "fastft", peer)}
+    peak = f", peak {entry['peak'][peer] / 1e9:.2f} GB" if peer in entry["peak"] else ""
+    distances = ", ".join(f"{name} {distance:.1e}" for name, distance in entry["peers"][peer].items())
+    faster = f"{ms['stock'] / ms[peer]:.2f}× stock, fastft {ms[peer] / ms['fastft']:.2f}× of it"
+    return f"{ms[peer]:.2f} ms ({faster}){peak}; from stock: {distances}"
 
 
 def _times(block: Block, steps: int) -> list[float]:
@@ -146,6 +171,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--turns", type=int, default=3, help="A B A B: how often each stack has its turn (3)")
     add("--steps", type=int, default=9, help="of one turn; its median counts (9)")
     add("--eager", action="store_true", help="stock's eager loop over experts as well")
+    add("--peers", action="store_true", help=f"{' and '.join(PEERS)} as well, where they can be imported")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("moe_block.json"))
     return parser.parse_args(arguments)

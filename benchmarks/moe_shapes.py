@@ -71,7 +71,10 @@ class Block:
 
     @contextlib.contextmanager
     def running(self, stack: str) -> Iterator[str]:
-        """Within the block, steps run "stock" (grouped_mm), "eager" or "fastft"; yields fastft's report."""
+        """Within the block, steps run "stock" (grouped_mm), "eager", "fastft" or a registered peer.
+
+        Yields fastft's report.
+        """
         from fastft_plugins import apply
 
         if stack == "fastft":
@@ -79,9 +82,11 @@ class Block:
                 yield str(run.report)
             return
         config, before = self.experts.config, self.experts.config._experts_implementation
-        config._experts_implementation_internal = "eager" if stack == "eager" else before
-        yield ""
-        config._experts_implementation_internal = before
+        config._experts_implementation_internal = before if stack == "stock" else stack
+        try:
+            yield ""
+        finally:
+            config._experts_implementation_internal = before
 
 
 def build_block(shape: str, tokens: int, mode: str, device: torch.device) -> Block:
