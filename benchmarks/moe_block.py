@@ -48,15 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     }
     print(_HEADER.format("shape", "tokens", "experts", "routing", "stock ms", "fastft ms", "faster", "(each turn)",
                          "peak GB", "rest ms / its bytes"), flush=True)  # fmt: skip
+    peers = [name for name, state in result["peers"].items() if "error" not in state]
     for case in options.cases:
         for routing in options.routing if case[2] != "lora" else ["balanced"]:
-            entry = measure(
-                case,
-                routing,
-                device,
-                options,
-                [name for name, state in result["peers"].items() if "error" not in state],
-            )
+            entry = measure(case, routing, device, options, peers)
             result["cases"].append(entry)
             print(row(entry), flush=True)
             for peer, state in entry["peers"].items():
@@ -100,6 +95,8 @@ def measure(
                 entry["report"] = report
     for _ in range(options.turns):
         for stack in stacks:
+            if "error" in entry["peers"].get(stack, {}):
+                continue
             with recorded(stack, entry["peers"]), block.running(stack):
                 _times(block, 1)
                 entry["ms"].setdefault(stack, []).append(statistics.median(_times(block, options.steps)))
