@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from moe_helpers import gradients, stock_forward, tiny_causal_lm
+from moe_helpers import experts_class, gradients, stock_forward, tiny_causal_lm
 from torch.testing import assert_close
 
 from fastft_hf.experts import _is_experts
@@ -124,6 +124,7 @@ def test_the_list_of_unbuildable_classes_is_not_stale():
     ],
 )
 def test_gates_are_recognised(model, name, kind, layout):
+    experts_class(model, name)  # skips what the installed transformers lacks
     module = build(model, name)
     gate = gate_of(module)
     assert (gate.kind, gate.layout) == (kind, layout)
