@@ -106,11 +106,15 @@ def run_process(stack: str, settings: Settings) -> dict[str, Any]:
 
 def output_file(options: argparse.Namespace) -> Path:
     """Return the file to write, in a folder that is there. A smoke run, which nobody keeps, has a temporary one."""
-    if options.out is not None:
-        file: Path = options.out
+    if options.out is None:
+        return Path(tempfile.mkdtemp(prefix="benchmark-") if options.smoke else "", "benchmark.json")
+    file: Path = options.out
+    try:
         file.parent.mkdir(exist_ok=True)
-        return file
-    return Path(tempfile.mkdtemp(prefix="benchmark-") if options.smoke else "", "benchmark.json")
+        with file.open("ab"):  # what is there stays until there is a result
+            return file
+    except OSError as error:
+        sys.exit(f"--out {file}: cannot be written ({error.strerror})")
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:

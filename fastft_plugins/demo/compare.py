@@ -12,7 +12,7 @@ import torch
 
 from fastft_plugins.demo import data
 from fastft_plugins.demo.figures import batch_tokens, relative_difference, run_figures, weight_differences
-from fastft_plugins.demo.model import check_folder
+from fastft_plugins.demo.model import check_folder, load, trainable
 from fastft_plugins.errors import FastFTConfigError
 
 Say = Callable[[str], None]
@@ -69,7 +69,6 @@ def run_demo(settings: DemoSettings, say: Say = print) -> dict[str, Any]:
     try:
         from transformers import set_seed
 
-        from fastft_plugins.demo.model import load, trainable
         from fastft_plugins.demo.train import train
     except ImportError as error:
         raise ImportError(f"the demo needs '{error.name}': pip install 'fastft-plugins[demo]'") from error

@@ -66,7 +66,7 @@ def check_folder(directory: Path) -> None:
 @contextlib.contextmanager
 def _no_gguf_progress_bar() -> Iterator[None]:
     """transformers' own switch, disable_progress_bar(), does not reach the bar of its GGUF reader."""
-    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     bar = getattr(reader, "tqdm", None)
     if bar is None:  # another version of transformers
         yield
