@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="result files of benchmarks.run")
     given = parser.parse_args(arguments).files
     files = given or sorted(RESULTS.glob("*.json"))
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for file in files:
         try:
             result = read(file)
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         if result is None:
             print(f"{file}: skipped, it is not of benchmarks.run", file=sys.stderr)
         else:
-            results[file.stem] = result
+            results[str(file) if file.stem in results else file.stem] = result
     if not results:
         parser.error(f"no result files in {', '.join(map(str, given)) or RESULTS}: make one with "
                      f"python -m benchmarks.run --out {RESULTS}/NAME.json")  # fmt: skip
@@ -52,7 +52,7 @@ def read(file: Path) -> dict[str, Any] | None:
         raise ValueError(f"cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"not valid JSON ({error})") from error
-    if not isinstance(result, dict) or "schema" not in result:
+    if not isinstance(result, dict) or "schema" not in result or "cases" in result:
         return None
     try:
         markdown({file.stem: result})

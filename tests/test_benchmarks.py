@@ -135,10 +135,12 @@ def test_the_table_names_files_and_skips_those_of_other_programs(
 ) -> None:
     for name in ("one", "two"):
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    (tmp_path / "moe.json").write_text('{"cases": []}')
-    table.main([str(tmp_path / f"{name}.json") for name in ("one", "moe", "two")])
+    (tmp_path / "moe.json").write_text('{"schema": 1, "cases": []}')
+    files = [str(tmp_path / f"{name}.json") for name in ("one", "moe", "two")]
+    table.main([*files, files[0]])
     shown = capsys.readouterr()
-    assert [line.split(" | ")[0] for line in shown.out.splitlines()[4:]] == ["| one", "| one", "| two", "| two"]
+    names = [line.split(" | ")[0].removeprefix("| ") for line in shown.out.splitlines()[4:]]
+    assert names == ["one", "one", "two", "two", files[0], files[0]]  # two files of one name stay apart
     assert "moe.json: skipped" in shown.err
 
 
@@ -149,7 +151,7 @@ def test_the_table_names_files_and_skips_those_of_other_programs(
         ("{", "not valid JSON"),
         ('{"schema": 1}', "not a complete result"),
         ('{"schema": 1, "environment": null, "summary": {"a": 1}}', "not a complete result"),
-        ('{"cases": []}', "no result files in"),
+        ('{"schema": 1, "cases": []}', "no result files in"),
     ],
 )
 def test_a_bad_file_for_the_table_ends_with_a_message(
