@@ -9,26 +9,29 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m1 GPU)
 CONSTRAINTS := $(if $(GPU),,-c constraints/cpu.txt)
 MARKS := $(if $(GPU),,-m "not gpu")
 
-.PHONY: demo test lint venv bench clean
+.PHONY: demo test lint venv bench clean help
 
-demo: venv
+demo: venv ## a real model on real data, stock and with fastft, side by side
 	$(BIN)/fastft demo $(ARGS)
 
-test: venv
+test: venv ## every test that this machine can run
 	$(BIN)/python -m pytest -q $(MARKS) $(ARGS)
 
-lint: venv
+lint: venv ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: venv
+bench: venv ## the benchmarks, which need an NVIDIA GPU; ARGS=--help shows their options
 	@test -n "$(GPU)" || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none here"; exit 1; }
 	$(BIN)/python -m benchmarks $(ARGS)
 
-venv: $(STAMP)
+venv: $(STAMP) ## the environment in .venv, which the others set up themselves
 
-clean:
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.* ## \(.*\)/\1	\2/p' Makefile | awk -F'\t' '{ printf "make %-6s %s\n", $$1, $$2 }'
+
+clean: ## remove .venv
 	rm -rf $(VENV)
 
 $(STAMP): pyproject.toml constraints/cpu.txt
@@ -36,6 +39,7 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 	  || { echo "fastft-plugins needs Python 3.10 or newer as $(PYTHON); name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 	  || { echo "$(PYTHON) lacks the venv and ensurepip modules; install them (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@echo "setting up $(VENV) (a few minutes, about 2 GB) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[all,dev]'

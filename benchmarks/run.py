@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import gc
 import json
 import os
 import shlex
@@ -14,7 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.documents import describe
+import torch
+
+from benchmarks.documents import describe, parse_lengths
 from benchmarks.environment import git_commit
 from benchmarks.measure import steps_of
 from benchmarks.settings import SMOKE, Settings
@@ -35,8 +38,8 @@ example:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    settings = settings_from(options)
+    options, settings = parse(arguments)
+    out = output_file(options)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -58,14 +61,19 @@ def main(arguments: list[str] | None = None) -> int:
             result["summary"] = summarise(result["runs"])
             result["ratios"] = ratios(result["runs"])
             # Written after every process: what was measured survives an interrupted comparison.
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            out.write_text(json.dumps(result, indent=1) + "\n")
     print(render(result))
+    print(f"\nwritten to {out}")
     return 0 if all(run["status"] == "ok" for run in result["runs"]) else 1
 
 
 def run_here(stack: str, settings: Settings) -> dict[str, Any]:
     """Measure one stack in this process. Stacks that only differ by milliseconds are told apart no other way."""
+    # What the run before left: its frozen garbage would keep an old model in the GPU's memory.
+    gc.unfreeze()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return {"status": "ok", "error": None, **measure(stack, settings)}
 
 
@@ -96,7 +104,21 @@ def run_process(stack: str, settings: Settings) -> dict[str, Any]:
     return {"status": "ok", "error": None, **outcome}
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def output_file(options: argparse.Namespace) -> Path:
+    """Return the file to write, in a folder that is there. A smoke run, which nobody keeps, has a temporary one."""
+    if options.out is None:
+        return Path(tempfile.mkdtemp(prefix="benchmark-") if options.smoke else "", "benchmark.json")
+    file: Path = options.out
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with file.open("ab"):  # what is there stays until there is a result
+            return file
+    except OSError as error:
+        sys.exit(f"--out {file}: cannot be written ({error.strerror})")
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
+    """Return the options and the settings they make; what cannot be used ends the program with a message."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description="Compare training stacks on this machine. Each stack runs in processes of its own, in turn "
@@ -115,7 +137,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, metavar="N", help=f"timed steps ({default.steps})")
     add("--split-steps", type=int, metavar="N", help=f"more steps, timing forward and backward ({default.split_steps})")
     add("--tokens", type=int, metavar="N", help=f"real tokens of a step, about ({default.tokens})")
-    add("--lengths", metavar="NAME", help=f"loguniform-A-B, uniform-A-B or fixed-N ({default.lengths})")
+    add("--lengths", type=_lengths, metavar="NAME", help=f"loguniform-A-B, uniform-A-B or fixed-N ({default.lengths})")
     add("--accumulate", type=int, metavar="N", help="split a step into N batches (1)")
     add("--trainable", choices=["lora", "full"], help=f"LoRA r=16 on all linears, or all weights ({default.trainable})")
     add("--checkpointing", choices=["on", "off"], help="activation checkpointing (on)")
@@ -123,13 +145,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
     add("--seed", type=int, metavar="N", help="of documents and weights (0)")
     add("--budget", type=float, metavar="SECONDS", help=f"of a process, then it stops ({default.budget:.0f})")
-    add("--out", type=Path, default=Path("benchmark.json"), metavar="FILE", help="the result (benchmark.json)")
+    add("--out", type=Path, metavar="FILE", help="the result (benchmark.json; with --smoke in a temporary folder)")
     add("--one-process", action="store_true", help="take turns on one model in this process: for small differences")
     add("--smoke", action="store_true", help="a tiny model on the CPU, a few steps: does the harness work?")
     options = parser.parse_args(arguments)
     if options.warmup is not None and options.warmup < 1:
         parser.error("--warmup is at least 1: the first step compiles and allocates")
-    return options
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA GPU here")
+    if options.out is not None and (problem := _problem_of(options.out)):
+        parser.error(f"--out {options.out}: {problem}")
+    return options, settings_from(options)
+
+
+def _problem_of(file: Path) -> str | None:
+    if file.is_dir():
+        return "is a folder, not a file"
+    # One new folder may be meant, a whole path of them is a typing error.
+    folder = file.parent if file.parent.exists() else file.parent.parent
+    return None if folder.is_dir() else f"there is no folder {folder}"
 
 
 def settings_from(options: argparse.Namespace) -> Settings:
@@ -141,6 +175,14 @@ def settings_from(options: argparse.Namespace) -> Settings:
     if "checkpointing" in given:
         given["checkpointing"] = given["checkpointing"] == "on"
     return Settings(**{**(SMOKE if options.smoke else {}), **given})
+
+
+def _lengths(text: str) -> str:
+    try:
+        parse_lengths(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _stacks(text: str) -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any
 # What a ratio compares, and whether more is better. Every ratio reads "above 1: better than the reference stack".
 _METRICS = {"tokens_per_s": True, "step_s": False, "forward_s": False, "backward_s": False, "first_step_s": False}
 
+_PAIRS_SHOWN = 4
+
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Per stack: p20, p50 and p80 over the steps of all its repeats that succeeded."""
@@ -47,6 +49,13 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
     return {"p20": tenths[1], "p50": statistics.median(values), "p80": tenths[7]}
 
 
+def pairs_text(pairs: Sequence[float], separator: str = ", ") -> str:
+    """Every pair, or beyond a few their range: the median stands before it."""
+    if len(pairs) <= _PAIRS_SHOWN:
+        return separator.join(f"{pair:.2f}" for pair in pairs)
+    return f"{min(pairs):.2f}–{max(pairs):.2f}, {len(pairs)} pairs"
+
+
 def values_of(run: dict[str, Any], metric: str) -> list[float]:
     value = run[metric]
     if isinstance(value, list):
@@ -68,8 +77,7 @@ def render(result: dict[str, Any]) -> str:
     lines += [_stack_row(stack, numbers) for stack, numbers in result["summary"].items()]
     for row in result["ratios"]:
         compared = ", ".join(
-            f"{_LABELS[metric]} {row[metric]['median']:.2f}× "
-            f"({' '.join(f'{pair:.2f}' for pair in row[metric]['pairs'])})"
+            f"{_LABELS[metric]} {row[metric]['median']:.2f}× ({pairs_text(row[metric]['pairs'], ' ')})"
             for metric in _LABELS
             if row[metric]
         )

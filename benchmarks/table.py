@@ -5,32 +5,68 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.summary import pairs_text
+
 RESULTS = Path(__file__).parent / "results"
 _HEADER = (
-    "| model | training | stack | tokens/s | step ms | forward ms | backward ms | peak GB | against | speed (pairs) |\n"
-    "|---|---|---|--:|--:|--:|--:|--:|---|---|"
+    "| file | model | training | stack | tokens/s | step ms | forward ms | backward ms | peak GB | against "
+    "| speed (pairs) |\n"
+    "|---|---|---|---|--:|--:|--:|--:|--:|---|---|"
 )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="result files of benchmarks.run")
-    files = parser.parse_args(arguments).files or sorted(RESULTS.glob("*.json"))
-    if not files:
-        sys.exit(f"no result files in {RESULTS}: make one with python -m benchmarks.run --out {RESULTS}/NAME.json")
-    print(markdown(json.loads(file.read_text()) for file in files))
+    given = parser.parse_args(arguments).files
+    files = given or sorted(RESULTS.glob("*.json"))
+    results: dict[str, dict[str, Any]] = {}
+    for file in files:
+        try:
+            result = read(file)
+        except ValueError as error:
+            parser.error(f"{file}: {error}")
+        if result is None:
+            print(f"{file}: skipped, it is not of benchmarks.run", file=sys.stderr)
+        else:
+            results[str(file) if file.stem in results else file.stem] = result
+    if not results:
+        parser.error(f"no result files in {', '.join(map(str, given)) or RESULTS}: make one with "
+                     f"python -m benchmarks.run --out {RESULTS}/NAME.json")  # fmt: skip
+    print(markdown(results))
 
 
-def markdown(results: Iterable[dict[str, Any]]) -> str:
-    """One table for each GPU, since absolute times of different GPUs do not compare."""
+def read(file: Path) -> dict[str, Any] | None:
+    """Return a result of benchmarks.run, or None for the JSON of another program, as benchmarks.moe_block.
+
+    Raises:
+        ValueError: the file cannot be read, or lacks part of a result.
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    if not isinstance(result, dict) or "schema" not in result or "cases" in result:
+        return None
+    try:
+        markdown({file.stem: result})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"not a complete result of benchmarks.run ({error!r})") from error
+    return result
+
+
+def markdown(results: Mapping[str, dict[str, Any]]) -> str:
+    """One table for each machine, since absolute times of different GPUs do not compare; the keys name the files."""
     tables: dict[str, list[str]] = {}
-    for result in results:
+    for name, result in results.items():
         rows = tables.setdefault(_machine(result["environment"]), [])
-        rows += [_row(result, stack, numbers) for stack, numbers in result["summary"].items() if numbers]
+        rows += [_row(name, result, stack, numbers) for stack, numbers in result["summary"].items() if numbers]
     return "\n\n".join(f"{machine}:\n\n{_HEADER}\n" + "\n".join(rows) for machine, rows in tables.items())
 
 
@@ -42,7 +78,7 @@ def _machine(environment: dict[str, Any] | None) -> str:
     return f"{environment['gpu'] or 'CPU'}, {versions}"
 
 
-def _row(result: dict[str, Any], stack: str, numbers: dict[str, Any]) -> str:
+def _row(name: str, result: dict[str, Any], stack: str, numbers: dict[str, Any]) -> str:
     settings, peak = result["settings"], numbers["peak_memory_bytes"]
     checkpointing = "on" if settings["checkpointing"] else "off"
     training = f"{settings['trainable']}, {settings['dtype']}, checkpointing {checkpointing}"
@@ -50,6 +86,7 @@ def _row(result: dict[str, Any], stack: str, numbers: dict[str, Any]) -> str:
     speed = ratio and ratio["tokens_per_s"]
     model = settings["shape"] + (f" ({settings['layers']} layers)" if settings["layers"] else "")
     cells = [
+        name,
         model,
         f"{training}, {settings['tokens']} tokens of {settings['lengths']}",
         stack,
@@ -59,7 +96,7 @@ def _row(result: dict[str, Any], stack: str, numbers: dict[str, Any]) -> str:
         _milliseconds(numbers["backward_s"]),
         "–" if peak is None else f"{peak / 1e9:.1f}",
         ratio["against"] if ratio else "–",
-        f"**{speed['median']:.2f}×** ({', '.join(f'{pair:.2f}' for pair in speed['pairs'])})" if speed else "–",
+        f"**{speed['median']:.2f}×** ({pairs_text(speed['pairs'])})" if speed else "–",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -108,6 +108,8 @@ def _listed(values: Sequence[object]) -> str:
 
 
 def _nearest(value: object, allowed: Sequence[object]) -> str:
+    if not isinstance(value, str):  # None would come out nearest to 'on'
+        return ""
     by_text = {str(choice).lower(): choice for choice in allowed}
-    match = difflib.get_close_matches(str(value).lower(), by_text, n=1)
+    match = difflib.get_close_matches(value.lower(), by_text, n=1)
     return f". Did you mean {by_text[match[0]]!r}?" if match else ""

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import pluggy
 
 from fastft_plugins import hookspecs
+from fastft_plugins.errors import FastFTError
 from fastft_plugins.tracing import trace_hook_calls
 
 logger = logging.getLogger("fastft")
@@ -130,10 +131,12 @@ class PluginManager:
             try:
                 self._add(load(), status)
             except (Exception, SystemExit) as error:  # SystemExit: a plugin may be a script that exits when imported
-                message = f"{type(error).__name__}: {error}"
-                logger.warning("plugin %r (%s) is left out, it failed to load: %s", status.name, status.source, message)
+                message = (
+                    f"{type(error).__name__}: {' '.join(str(error).split())}"  # on one line: pluggy writes several
+                )
                 if _is_set("FASTFT_STRICT_PLUGINS"):
-                    raise
+                    raise FastFTError(f"plugin {status.name!r} ({status.source}) failed to load: {message}") from error
+                logger.warning("plugin %r (%s) is left out, it failed to load: %s", status.name, status.source, message)
                 self._statuses.append(replace(status, state="failed", error=message))
 
     def _add(self, plugin: object, status: PluginStatus) -> None:

@@ -10,8 +10,12 @@ from typing import Any
 
 from fastft_plugins.config import FEATURES
 from fastft_plugins.errors import FastFTConfigError
+from fastft_plugins.saved_values import check
 
 _WIDTH = 100  # columns of the terminal that the table is written for
+_LEAST_WIDTH = 40  # below it, the column of reasons has no room left
+_FEATURE = {"name": str, "enabled?": bool, "reason?": str, "changes?": [str], "metrics?": {str: float}}
+_SAVED = {"features": {str: _FEATURE}, "framework?": str, "model?": str, "state?": str, "notes?": [str]}
 
 
 @dataclass
@@ -47,32 +51,40 @@ class Report:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Report:
-        """Rebuild a report from `to_dict`'s result, for instance after reading it from JSON."""
+        """Rebuild a report from `to_dict`'s result, for instance after reading it from JSON.
+
+        Raises:
+            FastFTConfigError: ``saved`` is something else; names the field and its value.
+        """
         try:
+            check(saved, _SAVED)
             features = {name: FeatureReport(**feature) for name, feature in saved["features"].items()}
             return cls(features, **{key: value for key, value in saved.items() if key != "features"})
-        except (KeyError, TypeError, AttributeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        except (FastFTConfigError, TypeError) as error:  # TypeError: a field that a report does not have
             raise FastFTConfigError(
-                f"this is not a saved fastft report ({reason}); pass what Report.to_dict() returned"
+                f"this is not a saved fastft report ({error}); pass what Report.to_dict() returned"
             ) from error
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return self.to_text()
 
-    def _lines(self) -> Iterator[str]:
+    def to_text(self, width: int = _WIDTH) -> str:
+        """Return the table with its texts broken at ``width`` columns."""
+        return "\n".join(self._lines(max(width, _LEAST_WIDTH)))
+
+    def _lines(self, width: int) -> Iterator[str]:
         title = ", ".join(part for part in (self.model, self.framework, self.state) if part)
-        yield from _wrapped("fastft: ", title)
+        yield from _wrapped(width, "fastft: ", title)
         yield ""
         name_width = max(map(len, ["feature", *self.features]))
         blank = " " * (name_width + 7)
         yield f"{'feature':{name_width}}  {'':3}  why"
-        yield f"{'-' * name_width}  {'-' * 3}  {'-' * (_WIDTH - len(blank))}"
+        yield f"{'-' * name_width}  {'-' * 3}  {'-' * (width - len(blank))}"
         for name, feature in self.features.items():
             state = "on" if feature.enabled else "off"
-            yield from _wrapped(f"{name:{name_width}}  {state:3}  ", feature.reason)
+            yield from _wrapped(width, f"{name:{name_width}}  {state:3}  ", feature.reason)
             for change in feature.changes:
-                yield from _wrapped(f"{blank}- ", change)
+                yield from _wrapped(width, f"{blank}- ", change)
             key_width = max(map(len, feature.metrics), default=0)
             for key, value in feature.metrics.items():
                 yield f"{blank}{key:{key_width}}  {format_metric(key, value):>12}".rstrip()
@@ -80,7 +92,7 @@ class Report:
             yield ""
             yield "notes"
         for note in self.notes:
-            yield from _wrapped("- ", note)
+            yield from _wrapped(width, "- ", note)
 
 
 def format_metric(name: str, value: float) -> str:
@@ -94,9 +106,7 @@ def format_metric(name: str, value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def _wrapped(first: str, text: str) -> list[str]:
-    """Break text at `_WIDTH`, with the later lines indented to where the first one's text begins."""
-    lines = textwrap.wrap(
-        text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
-    )
+def _wrapped(width: int, first: str, text: str) -> list[str]:
+    """Break text at ``width``, with the later lines indented to where the first one's text begins."""
+    lines = textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False)
     return lines or [first.rstrip()]

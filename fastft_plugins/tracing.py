@@ -14,7 +14,7 @@ def trace_hook_calls(manager: pluggy.PluginManager, logger: logging.Logger) -> N
     """Log every hook call of ``manager`` at INFO, to stderr if the program has configured no logging."""
     if not logger.hasHandlers():
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        handler.setFormatter(_OnePrefix())
         logger.addHandler(handler)
     if not logger.isEnabledFor(logging.INFO):
         logger.setLevel(logging.INFO)
@@ -35,6 +35,14 @@ def trace_hook_calls(manager: pluggy.PluginManager, logger: logging.Logger) -> N
         logger.info("%s(%s) by %s -> %s", name, given, asked, result)
 
     manager.add_hookcall_monitoring(before, after)
+
+
+class _OnePrefix(logging.Formatter):
+    """Puts the logger's name before a message that does not begin with it already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text, prefix = super().format(record), f"{record.name}: "
+        return text if text.startswith(prefix) else prefix + text
 
 
 def _short(value: object) -> str:

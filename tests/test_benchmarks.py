@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="the benchmarks train with transformers' Trainer")
 
 from benchmarks import run as cli
+from benchmarks import table
 from benchmarks.documents import TOLERANCE, describe, make_steps, parse_lengths
+from benchmarks.environment import git_commit
 from benchmarks.settings import SMOKE, Settings
 from benchmarks.shapes import SHAPES, build_model
-from benchmarks.summary import ratios, render, spread, summarise
+from benchmarks.summary import pairs_text, ratios, render, spread, summarise
 from benchmarks.table import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +87,7 @@ def test_a_failing_stack_is_recorded_and_the_others_go_on(tmp_path: Path, monkey
         return {"environment": {"gpu": None, "packages": {}}, **_ok(seconds=[1.0, 1.0])}
 
     monkeypatch.setattr(cli, "run_process", one_fails)
-    out = tmp_path / "deep" / "result.json"
+    out = tmp_path / "new" / "result.json"
     arguments = ["--smoke", "--stacks", "stock-padded,stock-packed,fastft-packed", "--repeats", "2", "--out", str(out)]
     assert cli.main(arguments) == 1
     result = json.loads(out.read_text())
@@ -116,7 +122,67 @@ def test_ratios_compare_repeat_by_repeat() -> None:
         "runs": runs,
     }
     assert "b against a: tokens/s 2.50× (2.00 3.00)" in render(result)
-    assert "**2.50×** (2.00, 3.00)" in markdown([result])
+    assert "**2.50×** (2.00, 3.00)" in markdown({"file": result})
+
+
+def test_many_pairs_are_shown_as_a_range() -> None:
+    assert pairs_text([2.0, 1.0, 3.0, 4.0]) == "2.00, 1.00, 3.00, 4.00"
+    assert pairs_text([2.0, 1.0, 3.0, 4.0, 2.0]) == "1.00–4.00, 5 pairs"
+
+
+def test_the_table_names_files_and_skips_those_of_other_programs(
+    tmp_path: Path, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    (tmp_path / "moe.json").write_text('{"schema": 1, "cases": []}')
+    files = [str(tmp_path / f"{name}.json") for name in ("one", "moe", "two")]
+    table.main([*files, files[0]])
+    shown = capsys.readouterr()
+    names = [line.split(" | ")[0].removeprefix("| ") for line in shown.out.splitlines()[4:]]
+    assert names == ["one", "one", "two", "two", files[0], files[0]]  # two files of one name stay apart
+    assert "moe.json: skipped" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "cannot be read (No such file"),
+        ("{", "not valid JSON"),
+        ('{"schema": 1}', "not a complete result"),
+        ('{"schema": 1, "environment": null, "summary": {"a": 1}}', "not a complete result"),
+        ('{"schema": 1, "cases": []}', "no result files in"),
+    ],
+)
+def test_a_bad_file_for_the_table_ends_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, problem: str
+) -> None:
+    file = tmp_path / "result.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        table.main([str(file)])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert str(file) in shown and problem in shown
+
+
+def test_one_process_frees_what_the_run_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.itself = self
+
+    left = weakref.ref(Model())
+    gc.freeze()
+    alive = []
+    monkeypatch.setattr(cli, "measure", lambda stack, settings: alive.append(left() is not None) or {})
+    cli.run_here("any", Settings(**SMOKE))
+    assert alive == [False]
+
+
+def test_the_commit_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTFT_BENCH_COMMIT", "abc123")
+    assert git_commit() == "abc123"
 
 
 def test_spread() -> None:
@@ -182,8 +248,39 @@ def test_every_shape_is_a_config_of_transformers() -> None:
         assert AutoConfig.for_model(**values).num_hidden_layers == values["num_hidden_layers"]
 
 
-@pytest.mark.parametrize("arguments", [["--stacks", "nothing"], ["--shape", "nothing"], ["--warmup", "0"]])
-def test_bad_options_end_with_a_message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_smoke_run_writes_outside_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    options, _ = cli.parse(["--smoke"])
+    assert tmp_path in cli.output_file(options).parents
+    options, _ = cli.parse([])
+    assert cli.output_file(options) == Path("benchmark.json")
+
+
+def test_only_the_last_folder_is_created(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options, _ = cli.parse(["--out", str(tmp_path / "new" / "result.json")])
+    cli.output_file(options)
+    assert (tmp_path / "new").is_dir()
+    for file, problem in ((tmp_path / "a" / "b" / "result.json", "there is no folder"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit):
+            cli.parse(["--out", str(file)])
+        assert problem in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_file_that_cannot_be_written_ends_the_run_at_once() -> None:
+    options, _ = cli.parse(["--out", "/proc/result.json"])
+    with pytest.raises(SystemExit, match=r"/proc/result\.json: cannot be written"):
+        cli.output_file(options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--stacks", "nothing"], ["--shape", "nothing"], ["--warmup", "0"], ["--lengths", "foo"], ["--device", "cuda"]],
+)
+def test_bad_options_end_with_a_message(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         cli.parse(arguments)
     assert arguments[0] in capsys.readouterr().err

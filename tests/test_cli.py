@@ -15,7 +15,6 @@ from rich.console import Console
 
 from fastft_plugins.cli import main
 from fastft_plugins.cli.plugins import table
-from fastft_plugins.demo.compare import batch_tokens
 from fastft_plugins.manager import PluginManager, PluginStatus
 from fastft_plugins.report import FeatureReport, Report
 
@@ -97,12 +96,17 @@ def test_report_shows_a_saved_report(fastft: Any, tmp_path: Path) -> None:
         ("{\n'a'", "line 2: not valid JSON"),
         ("[]", "a JSON list, not an object"),
         ("{}", "not a saved fastft report"),
-        ('{"kind": "fastft demo"}', "not complete"),
+        ('{"kind": "fastft demo"}', "not complete (model is missing)"),
+        ('{"features": {"packing": {"name": "packing", "reason": null}}}', "features.packing.reason is None, not text"),
+        ('{"features": {}, "model": "\\ud800"}', "not a text file"),
+        ('{"features": {}, "model": ' + "9" * 5000 + "}", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("\udcff", "not a text file"),
     ],
 )
 def test_report_of_another_file(fastft: Any, tmp_path: Path, content: str, problem: str) -> None:
     file = tmp_path / "report.json"
-    file.write_text(content)
+    file.write_bytes(content.encode(errors="surrogateescape"))
     code, _, errors = fastft("report", file)
     assert code == 2
     assert str(file) in errors and problem in errors and "Remedy: " in errors
@@ -119,6 +123,8 @@ def test_demo_end_to_end(fastft: Any, tmp_path: Path, plugin_manager: PluginMana
     code, text, errors = fastft("demo", "--model", model, "--data", data, *options)
     assert code == 0, errors
     assert "real tokens/s" in text and "packing" in text
+    words = " ".join(text.replace("│", " ").split())
+    assert words.count("6 usable records, repeated until there are 12") == 2  # while it runs, and with the result
 
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads((out / "report.json").read_text())
@@ -129,6 +135,7 @@ def test_demo_end_to_end(fastft: Any, tmp_path: Path, plugin_manager: PluginMana
     assert saved["stock"]["losses"][0] != saved["stock"]["losses"][2]  # it did learn something
     assert saved["weight_difference_over_update"] < 0.05
     assert saved["stock"]["peak_memory_bytes"] > 0
+    assert len(saved["stock"]["step_cpu_seconds"]) == 4 and saved["fastft"]["cpu_seconds"] > 0
     assert saved["fastft_report"]["features"]["packing"]["enabled"]
     assert saved["settings"]["trainable"] == trainable
 
@@ -140,27 +147,76 @@ def test_demo_end_to_end(fastft: Any, tmp_path: Path, plugin_manager: PluginMana
 def test_demo_errors_come_before_any_training(fastft: Any, tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text('{"text": "fine"}\n{"txt": "typo"}\n')
+    taken = tmp_path / "taken"
+    (taken / "plot.png").mkdir(parents=True)
     for options, problem in (
         (["--data", file], f"{file}, line 2: the record has no text"),
         (["--data", tmp_path / "none.jsonl"], "no such file"),
         (["--model", tmp_path], f"{tmp_path}: no config.json here"),
-        (["--steps", 0], "steps=0: must be at least 1"),
+        (["--model", tmp_path / "nomodel"], "nomodel: no such folder"),
+        (["--steps", 0], "--steps 0: must be at least 1"),
+        (["--batch-size", 0], "--batch-size 0: must be at least 1"),
+        (["--max-length", 1], "--max-length 1: must be at least 2"),
+        (["--seed", -1], "--seed -1: must be at least 0"),
+        (["--seed", 2**32], "--seed 4294967296: must be at most"),
         (["--trainable", "qlora"], "allowed: 'lora', 'full'"),
         (["--out", file], "cannot be created"),
+        (["--out", "/proc"], "/proc/report.json: cannot be written"),
+        (["--out", taken], "plot.png: cannot be written (Is a directory)"),
     ):
         code, _, errors = fastft("demo", *(["--out", tmp_path / "out"] if "--out" not in options else []), *options)
         assert code == 2, problem
         assert problem in errors
-        assert errors.startswith("fastft: ") and "Traceback" not in errors
+        assert errors.startswith("fastft: ") and errors.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in taken.iterdir()] == ["plot.png"]
 
 
-def test_a_model_folder_that_cannot_be_loaded(fastft: Any, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    code, _, errors = fastft("demo", "--model", tmp_path, "--out", tmp_path / "out")
+@pytest.mark.parametrize("broken", ["config", "hidden_size", "weights"])
+def test_a_model_folder_that_cannot_be_loaded(fastft: Any, tmp_path: Path, broken: str) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    config, weights = model / "config.json", model / "model.safetensors"
+    if broken == "weights":
+        weights.write_bytes(weights.read_bytes()[:100])
+    else:
+        values = json.loads(config.read_text()) | {"hidden_size": "x"}
+        config.write_text("{}" if broken == "config" else json.dumps(values))
+    code, _, errors = fastft("demo", "--model", model, "--out", tmp_path / "out")
     assert code == 2
-    assert f"{tmp_path}: transformers cannot load" in errors and "Remedy: " in errors
+    assert f"{model}: transformers cannot load" in errors and "Remedy: " in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
-def test_batch_tokens_counts_padding() -> None:
-    documents = [{"input_ids": [0] * length} for length in (3, 5, 2, 2, 7)]
-    assert batch_tokens(documents, 2) == ([8, 4, 7], [10, 4, 7])
+def test_version(fastft: Any) -> None:
+    code, text, _ = fastft("--version")
+    assert code == 0
+    assert text.startswith("fastft-plugins") and len(text.splitlines()) == 1
+
+
+def test_a_disabled_plugin_says_what_switched_it_off() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table([PluginStatus("hf", "some-package", "1.0", "disabled")]))
+    assert "switched off by FASTFT_PLUGINS" in console.export_text()
+
+
+@pytest.mark.parametrize("command", ["plugins", "env"])
+def test_a_strict_failure_is_one_line(
+    fastft: Any, plugin_manager: PluginManager, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def fail() -> Any:
+        raise RuntimeError("no\nluck")
+
+    monkeypatch.setenv("FASTFT_STRICT_PLUGINS", "1")
+    monkeypatch.setattr("fastft_plugins.manager._candidates", lambda: [(PluginStatus("x", "their-package"), fail)])
+    code, _, errors = fastft(command)
+    assert code == 2
+    assert errors == "fastft: plugin 'x' (their-package) failed to load: RuntimeError: no luck\n"
+
+
+def test_the_report_fits_the_terminal(fastft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(Report({"packing": FeatureReport("packing", True, "because " * 30)}).to_dict()))
+    monkeypatch.setenv("COLUMNS", "80")
+    _, text, _ = fastft("report", file)
+    assert max(map(len, text.splitlines())) <= 80

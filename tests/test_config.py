@@ -76,6 +76,13 @@ def test_a_wrong_mode_suggests_the_nearest(value: Any, nearest: str) -> None:
         FastFTConfig(packing=value)
 
 
+@pytest.mark.parametrize("value", [None, 1, ["on"]])
+def test_what_is_not_text_gets_no_suggestion(value: Any) -> None:
+    with pytest.raises(FastFTConfigError) as raised:
+        FastFTConfig.from_dict({"packing": value})
+    assert "Did you mean" not in str(raised.value)
+
+
 @pytest.mark.parametrize("value", ["on", "true", 1, None])
 def test_strict_is_a_boolean(value: Any) -> None:
     with pytest.raises(FastFTConfigError, match=r"strict=.* allowed: True, False"):

@@ -79,7 +79,9 @@ def test_chat_records_need_a_chat_template(tmp_path: Path) -> None:
 
 def test_records_repeat_until_there_are_enough(tokenizer: Any) -> None:
     records = [data.Record("a", text="return a"), data.Record("b", text="return b b")]
-    documents = data.batches(records, tokenizer, 64, 5, "source")
+    usable = data.documents(records, tokenizer, 64, 5, "source")
+    assert len(usable) == 2
+    documents = data.repeated(usable, 5)
     assert len(documents) == 5
     assert documents[0] == documents[2] == documents[4] != documents[1]
 
@@ -87,7 +89,7 @@ def test_records_repeat_until_there_are_enough(tokenizer: Any) -> None:
 def test_nothing_to_train_within_max_length(tokenizer: Any) -> None:
     records = [data.Record("a", ({"role": "user", "content": "add " * 50}, {"role": "assistant", "content": "a"}))]
     with pytest.raises(FastFTConfigError, match=r"source: .* 8 tokens\. Remedy: raise --max-length"):
-        data.batches(records, tokenizer, 8, 4, "source")
+        data.documents(records, tokenizer, 8, 4, "source")
 
 
 @pytest.mark.parametrize(
@@ -133,3 +135,9 @@ def test_missing_folder_and_binary_files(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(FastFTConfigError, match=r"data\.jsonl: cannot be read as UTF-8.*Remedy"):
         data.read_jsonl(file)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "fine"}\n', encoding="utf-8-sig")
+    assert [record.text for record in data.read_jsonl(file)] == ["fine"]

@@ -14,7 +14,7 @@ import pluggy
 import pytest
 
 from fastft_plugins import manager as manager_module
-from fastft_plugins.errors import Declined
+from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.hookspecs import hookimpl
 from fastft_plugins.manager import PluginManager, PluginStatus, get_plugin_manager
 
@@ -136,9 +136,11 @@ class TestLoading:
         install("broken", source)
         monkeypatch.setenv("FASTFT_STRICT_PLUGINS", "1")
         for _ in range(2):
-            with pytest.raises((Exception, SystemExit)) as raised:
+            with pytest.raises(FastFTError) as raised:
                 plugin_manager.statuses  # noqa: B018
-            assert error.startswith(raised.type.__name__)
+            message = str(raised.value)
+            assert message.startswith(f"plugin 'broken' (broken-distribution) failed to load: {error}")
+            assert "\n" not in message
 
     def test_two_plugins_of_one_name(self, plugin_manager: PluginManager, install: Install) -> None:
         install("good", module="one_module", distribution="one")
@@ -411,6 +413,15 @@ class TestTracing:
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stderr.count("fastft_kernels(op='x') by built-in -> ") == lines
         assert done.stdout == ""
+
+    def test_a_message_that_names_us_already_gets_no_second_prefix(self) -> None:
+        code = (
+            "from fastft_plugins.manager import get_plugin_manager, logger; get_plugin_manager().hook\n"
+            "logger.warning('fastft: one'); logger.warning('two')"
+        )
+        environment = {"PYTHONPATH": ":".join(sys.path), "FASTFT_TRACE": "1", "FASTFT_PLUGINS": "built-in"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stderr.splitlines()[-2:] == ["fastft: one", "fastft: two"]
 
 
 def test_one_manager_for_the_process(plugin_manager: PluginManager) -> None:

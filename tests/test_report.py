@@ -118,13 +118,27 @@ def test_format_metric(name: str, value: float, text: str) -> None:
 @pytest.mark.parametrize(
     "saved, reason",
     [
-        ({}, "'features' is missing"),
-        ([], "list indices"),
-        ({"features": []}, "items"),
+        ({}, "features is missing"),
+        ([], r"the whole is \[\], not an object"),
+        ({"features": []}, r"features is \[\], not an object"),
+        ({"features": {"packing": {}}}, "features.packing.name is missing"),
         ({"features": {"packing": {"name": "packing", "speed": 1}}}, "speed"),
+        ({"features": {"packing": {"name": "packing", "reason": None}}}, "features.packing.reason is None, not text"),
+        ({"features": {"packing": {"name": "packing", "metrics": None}}}, "packing.metrics is None, not an object"),
+        ({"features": {"packing": {"name": "packing", "metrics": {"a": "b"}}}}, "metrics.a is 'b', not a number"),
+        ({"features": {"packing": {"name": "packing", "metrics": {"a": 10**400}}}}, "metrics.a is 1.*0, not a number"),
+        ({"features": {"packing": {"name": "packing", "changes": [1]}}}, r"changes\[0\] is 1, not text"),
+        ({"features": {}, "model": 1}, "model is 1, not text"),
         ({"features": {}, "speed": 1}, "speed"),
     ],
 )
 def test_what_is_not_a_report_is_refused(saved: Any, reason: str) -> None:
     with pytest.raises(FastFTConfigError, match=f"not a saved fastft report .*{reason}"):
         Report.from_dict(saved)
+
+
+@pytest.mark.parametrize("width", [1, 60, 80])
+def test_texts_are_broken_at_any_width(width: int) -> None:
+    report = full_report()
+    assert max(map(len, report.to_text(width).splitlines())) <= max(width, 60)  # words and numbers stay whole
+    assert "".join(report.to_text(width).split()).replace("-", "") == "".join(str(report).split()).replace("-", "")

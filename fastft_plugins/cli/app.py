@@ -10,11 +10,30 @@ import typer
 
 app = typer.Typer(
     name="fastft",
-    help="Faster fine-tuning inside the trainer you already use.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print("fastft-plugins", version("fastft-plugins"))
+        except PackageNotFoundError:  # used from a source tree
+            print("fastft-plugins, not installed")
+        raise typer.Exit()
+
+
+@app.callback()
+def _program(
+    is_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Faster fine-tuning inside the trainer you already use."""
 
 
 @app.command()
@@ -75,12 +94,13 @@ def demo(
     from rich.console import Console
 
     from fastft_plugins.demo import DemoSettings, run_demo
-    from fastft_plugins.demo.show import make_folder, save, show
+    from fastft_plugins.demo.output import check_output, save
+    from fastft_plugins.demo.show import show
 
     settings = DemoSettings(model, data, steps, batch_size, max_length, trainable, seed)
-    make_folder(out)
+    check_output(out)
     console = Console()
-    result = run_demo(settings, say=lambda line: console.print(line, style="dim", highlight=False))
-    show(result, console)
+    result = run_demo(settings, say=lambda line: console.print(line, style="dim", highlight=False, markup=False))
+    show(result, console)  # before anything is saved: a full disk must not hide the result
     for file in save(result, out):
-        console.print(f"saved {file}")
+        console.print(f"saved {file}", highlight=False, markup=False)

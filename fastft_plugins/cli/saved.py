@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,24 +20,33 @@ def show_saved(file: Path, console: Console) -> None:
     Raises:
         FastFTConfigError: the file is missing, is not JSON or holds something else.
     """
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FastFTConfigError(f"{file}: cannot be read ({error.strerror}). {_REMEDY}.") from error
-    except UnicodeDecodeError as error:
-        raise FastFTConfigError(f"{file}: not a text file. {_REMEDY}.") from error
-    except json.JSONDecodeError as error:
-        raise FastFTConfigError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}). {_REMEDY}.") from error
-    if isinstance(saved, dict) and saved.get("kind") == "fastft demo":
-        from fastft_plugins.demo.show import show
-
-        try:
-            return show(saved, console)
-        except (KeyError, TypeError, ValueError) as error:
-            raise FastFTConfigError(f"{file}: a demo's report, but not complete ({error!r}). {_REMEDY}.") from error
+    saved = _read(file)
     if not isinstance(saved, dict):
         raise FastFTConfigError(f"{file}: a JSON {type(saved).__name__}, not an object. {_REMEDY}.")
     try:
-        console.out(str(Report.from_dict(saved)), highlight=False)
+        if saved.get("kind") == "fastft demo":
+            from fastft_plugins.demo.saved import check_result
+            from fastft_plugins.demo.show import show
+
+            check_result(saved)
+            show(saved, console)
+        else:
+            text = Report.from_dict(saved).to_text(min(console.width, 100))
+            console.out(text, highlight=False)
     except FastFTConfigError as error:
         raise FastFTConfigError(f"{file}: {error}. {_REMEDY}.") from error
+
+
+def _read(file: Path) -> Any:
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8-sig"))
+        json.dumps(saved, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but cannot be printed
+    except OSError as error:
+        raise FastFTConfigError(f"{file}: cannot be read ({error.strerror}). {_REMEDY}.") from error
+    except json.JSONDecodeError as error:
+        raise FastFTConfigError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}). {_REMEDY}.") from error
+    except UnicodeError as error:
+        raise FastFTConfigError(f"{file}: not a text file in UTF-8. {_REMEDY}.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise FastFTConfigError(f"{file}: cannot be read as JSON ({error}). {_REMEDY}.") from error
+    return saved

@@ -1,9 +1,8 @@
-"""The two runs, and the figures that compare them."""
+"""The two runs, and everything measured in them."""
 
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +11,12 @@ from typing import Any
 import torch
 
 from fastft_plugins.demo import data
+from fastft_plugins.demo.figures import batch_tokens, relative_difference, run_figures, weight_differences
+from fastft_plugins.demo.model import check_folder, load, trainable
 from fastft_plugins.errors import FastFTConfigError
 
 Say = Callable[[str], None]
+_LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class DemoSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("max_length", 2)):
-            value = getattr(self, name)
+        for name, least in (("steps", 1), ("batch_size", 1), ("max_length", 2), ("seed", 0)):
+            value, option = getattr(self, name), name.replace("_", "-")  # the errors name what users type
             if value is not None and value < least:
-                raise FastFTConfigError(f"{name}={value}: must be at least {least}")
+                raise FastFTConfigError(f"--{option} {value}: must be at least {least}")
+        if self.seed > _LARGEST_SEED:
+            raise FastFTConfigError(f"--seed {self.seed}: must be at most {_LARGEST_SEED}")
         if self.trainable not in ("lora", "full"):
-            raise FastFTConfigError(f"trainable={self.trainable!r} is not allowed; allowed: 'lora', 'full'")
+            raise FastFTConfigError(f"--trainable {self.trainable}: is not allowed; allowed: 'lora', 'full'")
 
     def resolved(self) -> tuple[int, int]:
         """Return steps and max_length. On two CPU cores a stock step takes half a minute or more."""
@@ -50,7 +54,9 @@ def run_demo(settings: DemoSettings, say: Say = print) -> dict[str, Any]:
         FastFTConfigError: a path, a record or a setting cannot be used; the message says what to do.
     """
     steps, max_length = settings.resolved()
-    # Read the data first: its errors should not wait until a model has been loaded.
+    # Look at the paths and read the data first: their errors should not wait until a model has been loaded.
+    if settings.model is not None:
+        check_folder(settings.model)
     count = steps * settings.batch_size
     if settings.data is None:
         source, records = "Python's standard library, docstring → body", data.standard_library(2 * count, settings.seed)
@@ -63,7 +69,6 @@ def run_demo(settings: DemoSettings, say: Say = print) -> dict[str, Any]:
     try:
         from transformers import set_seed
 
-        from fastft_plugins.demo.model import load, trainable
         from fastft_plugins.demo.train import train
     except ImportError as error:
         raise ImportError(f"the demo needs '{error.name}': pip install 'fastft-plugins[demo]'") from error
@@ -74,7 +79,11 @@ def run_demo(settings: DemoSettings, say: Say = print) -> dict[str, Any]:
     base, tokenizer, model_name = load(
         settings.model, torch.bfloat16 if on_gpu and settings.trainable == "lora" else torch.float32
     )
-    documents = data.batches(records, tokenizer, max_length, count, source)
+    usable = data.documents(records, tokenizer, max_length, count, source)
+    documents = data.repeated(usable, count)
+    if len(usable) < count:
+        source += f" ({len(usable)} usable records, repeated until there are {count})"
+        say(f"data: {source}")
     callback = FastFTCallback()
     runs = {}
     start: dict[str, torch.Tensor] = {}
@@ -102,16 +111,7 @@ def run_demo(settings: DemoSettings, say: Say = print) -> dict[str, Any]:
         del model
 
     real, padded = batch_tokens(documents, settings.batch_size)
-    stock, fastft = (
-        {
-            "losses": run.losses,
-            "step_seconds": run.step_seconds,
-            "median_step_seconds": statistics.median(_warm(run.step_seconds)),
-            "real_tokens_per_second": sum(_warm(real)) / sum(_warm(run.step_seconds)),
-            "peak_memory_bytes": run.peak_memory_bytes,
-        }
-        for run in runs.values()
-    )
+    stock, fastft = (run_figures(run, real) for run in runs.values())
     return {
         "kind": "fastft demo",
         "model": model_name,
@@ -127,38 +127,10 @@ def run_demo(settings: DemoSettings, say: Say = print) -> dict[str, Any]:
         "fastft": fastft,
         "speedup": fastft["real_tokens_per_second"] / stock["real_tokens_per_second"],
         "largest_relative_loss_difference": max(
-            abs(ours - theirs) / abs(theirs)
+            relative_difference(ours, theirs)
             for ours, theirs in zip(runs["fastft"].losses, runs["stock"].losses, strict=True)
         ),
         **weight_differences(runs["stock"].weights, runs["fastft"].weights, start),
         "fastft_report": callback.report.to_dict(),
         "environment": environment(),
     }
-
-
-def batch_tokens(documents: list[dict[str, Any]], batch_size: int) -> tuple[list[int], list[int]]:
-    """Return for each batch its tokens without and with padding to the longest document."""
-    lengths = [len(document["input_ids"]) for document in documents]
-    rows = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
-    return [sum(row) for row in rows], [max(row) * len(row) for row in rows]
-
-
-def weight_differences(
-    stock: dict[str, torch.Tensor], fastft: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
-) -> dict[str, float]:
-    """Return the largest difference of one trained weight, and the difference as a share of what training changed."""
-    largest = difference = update = 0.0
-    for name, weight in stock.items():
-        delta = (fastft[name] - weight).double()
-        largest = max(largest, delta.abs().max().item())
-        difference += delta.square().sum().item()
-        update += (weight.double() - start[name].double()).square().sum().item()
-    return {
-        "largest_weight_difference": largest,
-        "weight_difference_over_update": (difference / update) ** 0.5 if update else 0.0,
-    }
-
-
-def _warm(values: list[Any]) -> list[Any]:
-    """Leave the first step out, which warms up, where enough remain."""
-    return values[1:] if len(values) >= 3 else values

@@ -88,7 +88,7 @@ def read_jsonl(file: Path) -> list[Record]:
         raise FastFTConfigError(f"{file}: {problem}. Remedy: --data FILE.jsonl, with one record a line: {FORMS}.")
     records = []
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     records.append(_parse(line, f"{file}, line {number}"))
@@ -176,18 +176,23 @@ def _render(record: Record, tokenizer: Any) -> tuple[str, str]:
     return prompt, prompt + completion + end
 
 
-def batches(
+def documents(
     records: Sequence[Record], tokenizer: Any, max_length: int, count: int, source: str
 ) -> list[dict[str, Any]]:
-    """Tokenise ``records`` in their order, over and over if need be, until there are ``count`` documents."""
-    documents: list[dict[str, Any]] = []
+    """Tokenise ``records`` in their order until there are ``count`` documents, or no records are left."""
+    found: list[dict[str, Any]] = []
     for record in records:
-        if len(documents) == count:
+        if len(found) == count:
             break
         if (document := tokenize(record, tokenizer, max_length)) is not None:
-            documents.append(document)
-    if not documents:
+            found.append(document)
+    if not found:
         raise FastFTConfigError(
             f"{source}: no record has anything to train within {max_length} tokens. Remedy: raise --max-length."
         )
-    return [documents[index % len(documents)] for index in range(count)]
+    return found
+
+
+def repeated(found: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return ``count`` documents, the ones given over and over if need be."""
+    return [found[index % len(found)] for index in range(count)]

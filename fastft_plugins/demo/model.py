@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +35,17 @@ def load(directory: Path | None, dtype: torch.dtype) -> tuple[Any, Any, str]:
         name = "SmolLM2-135M-Instruct"
         options["gguf_file"] = GGUF
         quantized = _dequantized()
-    elif not (directory / "config.json").is_file():
-        raise FastFTConfigError(
-            f"{directory}: no config.json here. Remedy: --model DIR, a folder written by save_pretrained()."
-        )
     else:
+        check_folder(directory)
         name = directory.resolve().name
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, **options)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options, **quantized)
-    except (OSError, ValueError, KeyError) as error:
+        with _no_gguf_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options, **quantized)
+    except Exception as error:  # a broken file raises whatever its reader raises: SafetensorError, StrictDataclassError
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise FastFTConfigError(
-            f"{directory}: transformers cannot load a causal language model and its tokenizer from here ({error}). "
+            f"{directory}: transformers cannot load a causal language model and its tokenizer from here ({reason}). "
             "Remedy: a folder written by save_pretrained() of both."
         ) from error
     tokenizer.padding_side = "right"
@@ -52,6 +54,28 @@ def load(directory: Path | None, dtype: torch.dtype) -> tuple[Any, Any, str]:
     # Both runs save memory the same way: nothing here generates text.
     model.config.use_cache = False
     return model, tokenizer, name
+
+
+def check_folder(directory: Path) -> None:
+    """Raise unless the folder looks like a model; needs no import of transformers."""
+    if not (directory / "config.json").is_file():
+        problem = "no config.json here" if directory.is_dir() else "no such folder"
+        raise FastFTConfigError(f"{directory}: {problem}. Remedy: --model DIR, a folder written by save_pretrained().")
+
+
+@contextlib.contextmanager
+def _no_gguf_progress_bar() -> Iterator[None]:
+    """transformers' own switch, disable_progress_bar(), does not reach the bar of its GGUF reader."""
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar = getattr(reader, "tqdm", None)
+    if bar is None:  # another version of transformers
+        yield
+        return
+    reader.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 def _smollm2() -> Path:

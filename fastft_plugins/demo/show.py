@@ -1,40 +1,48 @@
-"""The demo's result for people: a table, a plot, and the JSON from which both can be made again."""
+"""The demo's result for people: a headline and two tables, and fastft's own report."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fastft_plugins.errors import FastFTConfigError
+from fastft_plugins.demo.figures import quotient, relative_difference
+from fastft_plugins.demo.verdict import busy_note, headline
 from fastft_plugins.report import Report
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print the comparison, the losses of each step and fastft's own report.
-
-    Raises:
-        KeyError, TypeError, ValueError: ``result`` is not what `run_demo` returned.
-    """
+    """Print the comparison, the losses of each step and fastft's own report."""
     settings = result["settings"]
     counts = f"{settings['steps']} steps of {settings['batch_size']} documents, seed {settings['seed']}"
-    headline = Text(
-        f"{result['speedup']:.2f}x the speed of the stock Trainer, "
-        f"losses equal to {result['largest_relative_loss_difference']:.0e} relative",
-        style="bold green" if result["speedup"] > 1 else "bold yellow",
-    )
     texts = [Text(f"{result['model']}, {result['trained']}, on {result['device']}"), Text(result["data"]), Text(counts)]
-    console.print(Panel(Group(*texts, headline), title="fastft demo"))
-    console.print(_figures(result))
-    console.print(_losses(result))
-    # Not console.print: the report breaks its own lines, and a narrower console would break them again.
-    console.out(str(Report.from_dict(result["fastft_report"])), highlight=False)
+    sentence, is_good = headline(result)
+    texts.append(Text(sentence, style="bold green" if is_good else "bold yellow"))
+    note = busy_note(result)
+    if note is not None:
+        texts.append(Text(note, style="yellow"))
+    console.print(Panel(Group(*texts), title="fastft demo"))
+    _print(_figures(result), console)
+    _print(_losses(result), console)
+    # Not console.print: the report breaks its own lines.
+    console.out(Report.from_dict(result["fastft_report"]).to_text(min(console.width, 100)), highlight=False)
+
+
+def _print(table: Table, console: Console) -> None:
+    """Print a table as wide as its numbers need: a console that is narrower breaks lines, but must not cut a number."""
+    for column in table.columns:
+        cells = [Text(str(cell)) for cell in (column.header, *column.cells)]
+        column.min_width = max(Measurement.get(console, console.options, cell).minimum for cell in cells)
+    unlimited = console.options.update(max_width=10_000)
+    least = Measurement.get(console, unlimited, table).minimum
+    if least > console.width:
+        table.width = least
+    console.print(table, crop=False)
 
 
 def _figures(result: dict[str, Any]) -> Table:
@@ -45,11 +53,13 @@ def _figures(result: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
 
     def row(label: str, key: str, shown: Callable[[float], str]) -> None:
-        table.add_row(label, shown(stock[key]), shown(fastft[key]), f"{fastft[key] / stock[key]:.2f}")
+        table.add_row(label, shown(stock[key]), shown(fastft[key]), f"{quotient(fastft[key], stock[key]):.2f}")
 
     row("real tokens/s", "real_tokens_per_second", "{:,.0f}".format)
     row("median step", "median_step_seconds", _seconds)
     row("peak memory", "peak_memory_bytes", lambda value: f"{value / 2**30:.2f} GiB")
+    if "cpu_seconds" in stock and "cpu_seconds" in fastft:
+        row("processor time", "cpu_seconds", _seconds)
     removed = Report.from_dict(result["fastft_report"]).features["packing"].enabled
     share = f"{100 * result['padding_share']:.0f} %"
     table.add_row("padding", share, "0 %" if removed else share, "")
@@ -77,54 +87,9 @@ def _losses(result: dict[str, Any]) -> Table:
             f"{result['padded_tokens'][index]:,}",
             f"{stock:.5f}",
             f"{fastft:.5f}",
-            f"{abs(fastft - stock) / abs(stock):.1e}",
+            f"{relative_difference(fastft, stock):.1e}",
         )
     return table
-
-
-def save(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Write ``report.json`` and ``plot.png``; return their paths."""
-    report, picture = folder / "report.json", folder / "plot.png"
-    report.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _plot(result, picture)
-    return report, picture
-
-
-def make_folder(folder: Path) -> None:
-    """Create the output folder; called before the training, which nobody wants to lose to a path."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FastFTConfigError(f"{folder}: cannot be created ({error.strerror}). Remedy: --out DIR.") from error
-
-
-def _plot(result: dict[str, Any], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    stock, fastft = result["stock"], result["fastft"]
-    steps = range(1, len(stock["losses"]) + 1)
-    colors = {"stock Trainer": "#8a8f98", "with fastft": "#1a7f4b"}
-    figure, (losses, speed, times) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for (label, color), run, style in zip(colors.items(), (stock, fastft), ("o-", "x--"), strict=True):
-        losses.plot(steps, run["losses"], style, label=label, color=color)
-        times.plot(steps, run["step_seconds"], "o-", label=label, color=color)
-    losses.set(title="loss of each step", xlabel="step", ylabel="loss")
-    times.set(title="time of each step", xlabel="step", ylabel="seconds", ylim=(0, None))
-    rates = [run["real_tokens_per_second"] for run in (stock, fastft)]
-    bars = speed.bar(list(colors), rates, color=list(colors.values()), width=0.6)
-    speed.bar_label(bars, fmt="{:,.0f}")
-    speed.set(title=f"real tokens/s: {result['speedup']:.2f}x", ylabel="tokens/s, padding not counted")
-    for axes in (losses, times):
-        axes.legend(frameon=False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (losses, speed, times):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{result['model']}, {result['trained']}, {result['device']}")
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
 
 
 def _seconds(value: float) -> str:

@@ -26,26 +26,32 @@ class Run:
 
     losses: list[float]
     step_seconds: list[float]
+    step_cpu_seconds: list[float]  # of all threads of the process
     peak_memory_bytes: int
     weights: dict[str, torch.Tensor]
 
 
 class StepTimer(TrainerCallback):
-    """Measures the time from the end of one step to the end of the next, so that collating the batch counts."""
+    """Measures the time from the end of one step to the end of the next, so that collating the batch counts.
+
+    The processor time beside it tells a slow run from one that had to share the machine.
+    """
 
     def __init__(self, on_step: OnStep) -> None:
         self.on_step = on_step
         self.losses: list[float] = []
         self.seconds: list[float] = []
-        self._before = 0.0
+        self.cpu_seconds: list[float] = []
+        self._before = self._cpu_before = 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._before = _now()
+        self._before, self._cpu_before = _now(), time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        now = _now()
+        now, cpu_now = _now(), time.process_time()
         self.seconds.append(now - self._before)
-        self._before = now
+        self.cpu_seconds.append(cpu_now - self._cpu_before)
+        self._before, self._cpu_before = now, cpu_now
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:  # the summary at the end has none
@@ -128,7 +134,7 @@ def train(
         with PeakMemory() as memory:
             trainer.train()
     weights = {name: weight.detach().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
-    return Run(timer.losses, timer.seconds, memory.bytes, weights)
+    return Run(timer.losses, timer.seconds, timer.cpu_seconds, memory.bytes, weights)
 
 
 def _give_back_free_memory() -> None:
