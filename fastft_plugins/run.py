@@ -60,7 +60,7 @@ class Run:
         self.config = FastFTConfig.coerce(config)
         self.report = Report(framework=target.framework, model=type(target.model).__name__)
         self.ledger = Ledger()
-        self.wrap_collator: Callable[[Any], Any] | None = None  # set by the packing feature, refined by adapters
+        self.wrap_collator: Callable[..., Any] | None = None  # set by the packing feature, refined by adapters
         self._features: list[Feature] = []
         weakref.finalize(self, self.ledger.close).atexit = False
 
@@ -148,7 +148,7 @@ class Run:
 
     def fall_short(self, name: str, declined: Declined) -> None:
         """A feature that stays on cannot serve all of the training: warn, and raise if it was asked for."""
-        self._refuse(name, declined, "is not on for everything")
+        self._refuse(name, declined, "has to leave something out", "is not on everywhere, training is stock where not")
 
     def _start_features(self) -> None:
         offered: dict[str, Feature] = {}
@@ -188,14 +188,20 @@ class Run:
     def _mode(self, name: str) -> str:
         return self.config.mode(name) if name in FEATURES else "auto"  # a plugin's own feature has no setting
 
-    def _refuse(self, name: str, declined: Declined, how: str = "stays off") -> None:
+    def _refuse(
+        self,
+        name: str,
+        declined: Declined,
+        error: str = "cannot be on here",
+        warning: str = "stays off, training is stock there",
+    ) -> None:
         if isinstance(declined, NothingToWin) and self._mode(name) != "on":
             logger.debug("fastft: %s stays off: %s", name, declined)
             return
         if self._mode(name) == "on" or self.config.strict:
             asked = f"{name}='on'" if self._mode(name) == "on" else "strict=True"
-            raise FastFTError(f"{asked}, but {name} cannot be on here: {declined}") from declined
-        logger.warning("fastft: %s %s, training is stock there: %s", name, how, declined)
+            raise FastFTError(f"{asked}, but {name} {error}: {declined}") from declined
+        logger.warning("fastft: %s %s: %s", name, warning, declined)
 
 
 def active_run(model: nn.Module) -> Run | None:

@@ -66,8 +66,9 @@ class PaddingFreeCollator:
             row = _pack(batch)
             if row[METADATA_KEY].moved_positions and not self.move_positions:
                 raise _Keep("padding before a document moves its positions, which this model notices")
-            if self.flash_arguments:
-                row.update(_flash_arguments(row[METADATA_KEY]))
+            if not self.flash_arguments:
+                for name in PACKED_KEYS:
+                    del row[name]
             return row
         except _Keep as reason:
             batch = copy.copy(batch)  # it may be the user's own object, used again
@@ -162,17 +163,12 @@ def _row(
             "input_ids": ids_T[None],
             "labels": labels_T[None],
             "position_ids": position_ids_T[None],
+            "cu_seq_lens_q": metadata.cu_seqlens,
+            "cu_seq_lens_k": metadata.cu_seqlens,
+            "max_length_q": metadata.max_seqlen,
+            "max_length_k": metadata.max_seqlen,
+            "seq_idx": metadata.seq_idx[None],
             **{name: column_T[None] for name, column_T in columns_T.items()},
             METADATA_KEY: metadata,
         }
     )
-
-
-def _flash_arguments(metadata: PackedMetadata) -> dict[str, Any]:
-    return {
-        "cu_seq_lens_q": metadata.cu_seqlens,
-        "cu_seq_lens_k": metadata.cu_seqlens,
-        "max_length_q": metadata.max_seqlen,
-        "max_length_k": metadata.max_seqlen,
-        "seq_idx": metadata.seq_idx[None],
-    }

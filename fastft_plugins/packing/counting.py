@@ -82,4 +82,4 @@ def count_unpacked(run: Run, reason: str, batch: object | None, *, complain: boo
     metrics["unpacked_batches"] = metrics.get("unpacked_batches", 0) + 1
     if complain and not count.has_complained:
         count.has_complained = True
-        run.fall_short("packing", Declined(f"a batch stays as the collator made it, {reason}"))
+        run.fall_short("packing", Declined(f"a batch stayed as the collator made it: {reason}"))

@@ -34,7 +34,7 @@ from fastft_plugins.run import Run
 # Floating-point arguments of attention that packed attention honours.
 _KNOWN = ("s_aux",)
 _ATTENTION_NAME = "fastft"  # without "flash": transformers treats such names as FlashAttention
-_BARE = "it came without packed metadata: in a loop of your own, make the loader's collator with run.collator(collator)"
+_BARE = "no packed metadata came with it; in a loop of your own, give the loader run.collator(collator)"
 
 
 def find_causal_lm(model: nn.Module) -> PreTrainedModel | None:
