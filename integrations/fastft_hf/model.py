@@ -60,7 +60,7 @@ def not_a_causal_lm(model: nn.Module) -> Declined:
     if number > 1:
         return Declined(f"{type(model).__name__} holds {number} causal language models; packing serves one")
     if not models:
-        return Declined(f"{type(model).__name__} holds no model of transformers; packing serves its causal ones")
+        return Declined(f"{type(model).__name__} does not hold a causal language model of transformers")
     return Declined(
         f"{type(models[0]).__name__}, model type '{models[0].config.model_type}', is no causal language model of a "
         "family that is packed; docs/families.md lists those"
