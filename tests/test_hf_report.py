@@ -56,7 +56,7 @@ def test_a_run_in_which_some_batches_were_packed_says_how_many(tmp_path, caplog)
 def test_the_first_unpacked_batch_raises_where_packing_must_be_on(tmp_path, config, after):
     callback = FastFTCallback(config)
     trainer = make_trainer(tmp_path, tiny_model(), collator=WithImage(after), callbacks=[callback])
-    with pytest.raises(FastFTError, match="packing has to leave something out: .*pixel_values"):
+    with pytest.raises(FastFTError, match=r"packing has to leave something out: .*pixel_values"):
         trainer.train()
     assert len(losses(trainer)) == after
     assert callback.report.state == "stopped by FastFTError"
