@@ -53,10 +53,10 @@ class Run:
     """The state of one training run. `start` and `stop` are idempotent; `stop` also runs when the run is collected."""
 
     def __init__(
-        self, target: Target, config: FastFTConfig | Mapping[str, Any] | None = None, *, is_block: bool = False
+        self, target: Target, config: FastFTConfig | Mapping[str, Any] | None = None, *, is_orphan: bool = False
     ) -> None:
         self.target = target
-        self.is_block = is_block  # started by `apply`, which also ends it
+        self.is_orphan = is_orphan  # its trainer cannot be found, so nothing ends it when training fails
         self.config = FastFTConfig.coerce(config)
         self.report = Report(framework=target.framework, model=type(target.model).__name__)
         self.ledger = Ledger()
@@ -75,10 +75,10 @@ class Run:
     def serves(self, trainer: Any) -> bool:
         """Whether training that starts now with ``trainer``, or in a loop if None, is this run's own or inside it.
 
-        A run that a trainer started is over when another one starts, even if a failure kept it from ending.
+        A run of one trainer is over when another one starts, and so is an orphan: a failure has kept it from ending.
         """
         mine = self.target.trainer
-        return (mine is None and self.is_block) or (mine is not None and trainer in (None, mine))
+        return not self.is_orphan and (mine is None or trainer is None or trainer is mine)
 
     def collator(self, inner: Any) -> Any:
         """The collator for the loader of your own loop: ``inner``, made padding-free if this run packs its batches.
@@ -254,7 +254,7 @@ class apply:
     """
 
     def __init__(self, target: Any, config: FastFTConfig | Mapping[str, Any] | None = None) -> None:
-        self._run = Run(find_target(target), config, is_block=True)
+        self._run = Run(find_target(target), config)
         self._joined = False
 
     def __enter__(self) -> Run:

@@ -165,6 +165,15 @@ def test_a_block_without_any_training_batch_says_so(caplog):
         pass
     packing = run.report.features["packing"]
     assert not packing.enabled and "none with packed metadata reached the model in training" in packing.reason
+    assert warnings_in(caplog) == []
+
+
+def test_a_loop_in_evaluation_mode_that_never_packs_is_warned_of_at_its_end(caplog):
+    """It may train or only evaluate, so it is not refused."""
+    model = tiny_model().eval()
+    with apply(model, {"packing": "on"}) as run:
+        loop(model, DataLoader(documents(16), 4, collate_fn=Pad()))
+    assert not run.report.features["packing"].enabled
     assert len(warnings_in(caplog)) == 1
 
 

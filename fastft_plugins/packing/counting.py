@@ -21,6 +21,7 @@ class BatchCount:
         self.packed = 0
         self.reasons: Counter[str] = Counter()  # of the others
         self.has_complained = False
+        self.may_have_trained = False  # on a batch that is not counted, in evaluation mode but with gradients
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def is_new(self, batch: object) -> bool:

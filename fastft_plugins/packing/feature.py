@@ -51,5 +51,5 @@ def _nothing_was_packed(run: Run, entry: FeatureReport, count: BatchCount) -> No
     reasons = count.reasons.most_common(1)
     why = reasons[0][0] if reasons else "none with packed metadata reached the model in training"
     entry.enabled, entry.reason = False, f"no batch was packed: {why}"
-    if run.report.state == "finished" and not count.has_complained:
+    if count.may_have_trained and not count.has_complained:
         logger.warning("fastft: packing was on, but %s", entry.reason)

@@ -46,7 +46,8 @@ class FastFTCallback(TrainerCallback):
         if outer is not None:  # an apply() around train() owns the run
             self.report = outer.report
             return
-        self._run = Run(Target(model, trainer, "transformers", kwargs.get("train_dataloader")), self.config)
+        target = Target(model, trainer, "transformers", kwargs.get("train_dataloader"))
+        self._run = Run(target, self.config, is_orphan=trainer is None)
         self.report = self._run.report
         self._run.start()
         if trainer is not None:

@@ -27,7 +27,7 @@ from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.hooks import RunHook
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, packed_attention
 from fastft_plugins.packing.collator import PACKED_KEYS
-from fastft_plugins.packing.counting import count_packed, count_unpacked
+from fastft_plugins.packing.counting import count_of, count_packed, count_unpacked
 from fastft_plugins.packing.metadata import NotPacked
 from fastft_plugins.run import Run
 
@@ -121,6 +121,7 @@ class _MetadataHook(RunHook):
         if metadata is None:
             if is_training and self.counts_bare:
                 count_unpacked(self.run, _BARE, None)
+            count_of(self.run).may_have_trained |= torch.is_grad_enabled() and self.counts_bare
             return None
         reason = metadata.reason if isinstance(metadata, NotPacked) else _why_stale(metadata, args, kwargs)
         kwargs = dict(kwargs)
