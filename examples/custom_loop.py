@@ -1,4 +1,4 @@
-"""A loop of your own: wrap the collator, and train inside ``apply(model)``."""
+"""A loop of your own: train inside ``apply(model)``, with the collator of its run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from tiny import ROWS, pad, tiny_model
 from torch.utils.data import DataLoader
 
 from fastft_plugins import apply
-from fastft_plugins.packing import PaddingFreeCollator
 
 model = tiny_model().train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-loader = DataLoader(ROWS, batch_size=8, collate_fn=PaddingFreeCollator(pad))
 with apply(model) as run:
+    loader = DataLoader(ROWS, batch_size=8, collate_fn=run.collator(pad))  # ``pad`` itself where the run does not pack
     for batch in loader:
-        loss = model(**batch).loss
+        loss = model(**{name: value.to(model.device) for name, value in batch.items()}).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

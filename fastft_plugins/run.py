@@ -15,6 +15,7 @@ from fastft_plugins.config import FEATURES, FastFTConfig
 from fastft_plugins.errors import Declined, FastFTConfigError, FastFTError, NothingToWin
 from fastft_plugins.ledger import Ledger
 from fastft_plugins.manager import get_plugin_manager
+from fastft_plugins.packing.guard import refuse_packed_batches
 from fastft_plugins.report import FeatureReport, Report
 
 logger = logging.getLogger("fastft")
@@ -51,11 +52,15 @@ class Feature(Protocol):
 class Run:
     """The state of one training run. `start` and `stop` are idempotent; `stop` also runs when the run is collected."""
 
-    def __init__(self, target: Target, config: FastFTConfig | Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, target: Target, config: FastFTConfig | Mapping[str, Any] | None = None, *, is_orphan: bool = False
+    ) -> None:
         self.target = target
+        self.is_orphan = is_orphan  # its trainer cannot be found, so nothing ends it when training fails
         self.config = FastFTConfig.coerce(config)
         self.report = Report(framework=target.framework, model=type(target.model).__name__)
         self.ledger = Ledger()
+        self.wrap_collator: Callable[..., Any] | None = None  # set by the packing feature, refined by adapters
         self._features: list[Feature] = []
         weakref.finalize(self, self.ledger.close).atexit = False
 
@@ -66,6 +71,23 @@ class Run:
     @property
     def active(self) -> bool:
         return _active.get(id(self.model)) is self
+
+    def serves(self, trainer: Any) -> bool:
+        """Whether training that starts now with ``trainer``, or in a loop if None, is this run's own or inside it.
+
+        A run of one trainer is over when another one starts, and so is an orphan: a failure has kept it from ending.
+        """
+        mine = self.target.trainer
+        return not self.is_orphan and (mine is None or trainer is None or trainer is mine)
+
+    def collator(self, inner: Any) -> Any:
+        """The collator for the loader of your own loop: ``inner``, made padding-free if this run packs its batches.
+
+        Use the loader inside the run only: outside, nothing tells a model where the documents of a row begin.
+        """
+        if self.wrap_collator is None or not self.report.features["packing"].enabled:
+            return inner
+        return self.wrap_collator(inner)
 
     def start(self) -> Run:
         """Ask every feature; whatever one of them raises, nothing stays behind."""
@@ -89,6 +111,7 @@ class Run:
         """Undo every change and close the report."""
         if not self.active:
             return
+        self.report.state = "finished" if error is None else f"stopped by {type(error).__name__}"
         for feature in self._features:
             try:
                 feature.stop(self)
@@ -97,7 +120,6 @@ class Run:
         self._features.clear()
         self.ledger.close()
         self.report.notes.extend(self.ledger.notes)
-        self.report.state = "finished" if error is None else f"stopped by {type(error).__name__}"
         _active.pop(id(self.model), None)
 
     def call(self, hook: str, **arguments: Any) -> list[str]:
@@ -124,6 +146,10 @@ class Run:
         entry.enabled, entry.reason = False, str(declined)
         self._refuse(name, declined)
 
+    def fall_short(self, name: str, declined: Declined) -> None:
+        """A feature that stays on cannot serve all of the training: warn, and raise if it was asked for."""
+        self._refuse(name, declined, "has to leave something out", "is not on everywhere, training is stock where not")
+
     def _start_features(self) -> None:
         offered: dict[str, Feature] = {}
         for plugin, result in get_plugin_manager().call_each("fastft_features"):
@@ -133,6 +159,8 @@ class Run:
                 offered.update({feature.name: feature for feature in result})
         for name in dict.fromkeys((*FEATURES, *offered)):
             self._start_feature(name, offered.get(name))
+        if not self.report.features["packing"].enabled:
+            refuse_packed_batches(self)
 
     def _start_feature(self, name: str, feature: Feature | None) -> None:
         entry, mode = self.report.features.setdefault(name, FeatureReport(name)), self._mode(name)
@@ -160,19 +188,34 @@ class Run:
     def _mode(self, name: str) -> str:
         return self.config.mode(name) if name in FEATURES else "auto"  # a plugin's own feature has no setting
 
-    def _refuse(self, name: str, declined: Declined) -> None:
+    def _refuse(
+        self,
+        name: str,
+        declined: Declined,
+        error: str = "cannot be on here",
+        warning: str = "stays off, training is stock there",
+    ) -> None:
         if isinstance(declined, NothingToWin) and self._mode(name) != "on":
             logger.debug("fastft: %s stays off: %s", name, declined)
             return
         if self._mode(name) == "on" or self.config.strict:
             asked = f"{name}='on'" if self._mode(name) == "on" else "strict=True"
-            raise FastFTError(f"{asked}, but {name} cannot be on here: {declined}") from declined
-        logger.warning("fastft: %s stays off, training is stock there: %s", name, declined)
+            raise FastFTError(f"{asked}, but {name} {error}: {declined}") from declined
+        logger.warning("fastft: %s %s: %s", name, warning, declined)
 
 
 def active_run(model: nn.Module) -> Run | None:
     """The run that is active on ``model``, if any."""
     return _active.get(id(model))
+
+
+def joinable_run(model: nn.Module, trainer: Any) -> Run | None:
+    """The active run that training with ``trainer``, or in a loop if None, belongs to; stops one it does not."""
+    outer = active_run(model)
+    if outer is None or outer.serves(trainer):
+        return outer
+    outer.stop()
+    return None
 
 
 def find_target(target: Any) -> Target:
@@ -202,7 +245,8 @@ class apply:
             trainer an installed plugin matches.
         config: a `FastFTConfig` or a dict of its fields.
 
-    A block inside another one on the same model joins the outer run.
+    A block inside another one on the same model joins the outer run. So does one inside a trainer's own run, but a run
+    that another trainer has left behind is stopped.
 
     Raises:
         FastFTConfigError: for a bad config or target.
@@ -214,7 +258,7 @@ class apply:
         self._joined = False
 
     def __enter__(self) -> Run:
-        outer = active_run(self._run.model)
+        outer = joinable_run(self._run.model, self._run.target.trainer)
         if outer is not None:
             self._joined = True
             return outer
@@ -227,4 +271,4 @@ class apply:
             self._run.stop(error)
 
 
-__all__: Sequence[str] = ("Feature", "Run", "Target", "active_run", "apply", "find_target")
+__all__: Sequence[str] = ("Feature", "Run", "Target", "active_run", "apply", "find_target", "joinable_run")

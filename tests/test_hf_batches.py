@@ -143,7 +143,7 @@ def test_a_stream_and_grouped_batches_train_as_stock(tmp_path):
 def test_a_stream_that_one_process_reads_for_all_declines(tmp_path):
     """The default for streams: the batch of one process is cut into slices of rows, and a packed batch has one row."""
     packing = compare(tmp_path, tiny_model(), Pad(), data=Stream(documents()))
-    assert not packing.enabled and "set dispatch_batches=False" in packing.reason
+    assert not packing.enabled and "accelerator_config={'dispatch_batches': False}" in packing.reason
 
 
 def test_data_parallel_declines():

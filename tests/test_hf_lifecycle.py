@@ -164,7 +164,7 @@ def test_apply_on_a_model_leaves_unpacked_batches_bitwise_stock():
     with apply(model) as run:
         inside = model(**batch)
     assert torch.equal(stock.logits, inside.logits) and torch.equal(stock.loss, inside.loss)
-    assert run.report.features["packing"].metrics == {}
+    assert run.report.features["packing"].metrics == {"unpacked_batches": 1}
 
 
 def test_two_models_at_once_and_the_first_ends_first():

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from fastft_hf import model as hf_model
-from fastft_plugins import apply
+from fastft_plugins import FastFTError, apply
 from fastft_plugins.kernels import segments
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, PaddingFreeCollator, collator, packed_attention
 
@@ -223,14 +223,16 @@ def test_positions_that_go_on_are_one_document_and_refused():
     """Positions alone, as a wrong collator would make them: they no longer agree with the metadata."""
     batch = PaddingFreeCollator(lambda batch: batch)(padded_batch([4, 5], [False, False], 1.0))
     batch["position_ids"] = torch.arange(9)[None]
-    with apply(MODEL, CONFIG) as run:
+    with apply(MODEL, {"moe": "off"}) as run:
         MODEL(**batch)
     assert any("position_ids were changed" in change for change in run.report.features["packing"].changes)
+    with pytest.raises(FastFTError, match="position_ids were changed"), apply(MODEL, CONFIG):
+        MODEL(**batch)
 
 
 def test_metadata_of_other_documents_is_refused():
     batch = PaddingFreeCollator(lambda batch: batch)(padded_batch([4, 5], [False, False], 1.0))
     batch[METADATA_KEY] = dataclasses.replace(batch[METADATA_KEY], cu_seqlens=segments.offsets([5, 4]))
-    with apply(MODEL, CONFIG) as run:
+    with apply(MODEL, {"moe": "off"}) as run:
         MODEL(**batch)
     assert "packed_batches" not in run.report.features["packing"].metrics

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastft_plugins.kernels import segments
+from fastft_plugins.packing.batch import PackedBatch
 from fastft_plugins.packing.metadata import NotPacked, PackedMetadata
 
 METADATA_KEY = "fastft_metadata"
@@ -38,15 +39,24 @@ class PaddingFreeCollator:
     ``position_ids`` that restart) only gets its metadata. A batch that cannot be packed exactly is returned as it is,
     with the reason under ``fastft_metadata``.
 
+    The row is meant for a model inside a run that packs; `Run.collator` uses this class only there. In a run with
+    packing off or declined it raises `FastFTError` when it reaches the model. Without any run nobody looks: it is then
+    what transformers' own flattening collator makes. FlashAttention keeps its documents apart; with other attention
+    only ``use_cache=False`` does, and only in models that transformers can feed packed rows. Others mix the documents
+    without a word. So keep such a loader inside the block of `apply`, and give a plain Trainer the padding collator.
+
     Args:
         inner: the collator to wrap.
         move_positions: whether a document may start at another position than in the padded batch. Left padding moves
             positions; False keeps such batches padded, for models in which a position counts by itself.
+        flash_arguments: whether the row has ``cu_seq_lens``, ``max_length`` and ``seq_idx``, which only stock's own
+            packed layers read. The ints among them have no ``.to``, and break loops that move each value by itself.
     """
 
-    def __init__(self, inner: Any, *, move_positions: bool = True) -> None:
+    def __init__(self, inner: Any, *, move_positions: bool = True, flash_arguments: bool = True) -> None:
         self.inner = inner
         self.move_positions = move_positions
+        self.flash_arguments = flash_arguments
 
     def __call__(self, features: Any) -> Any:
         batch = self.inner(features)
@@ -56,6 +66,9 @@ class PaddingFreeCollator:
             row = _pack(batch)
             if row[METADATA_KEY].moved_positions and not self.move_positions:
                 raise _Keep("padding before a document moves its positions, which this model notices")
+            if not self.flash_arguments:
+                for name in PACKED_KEYS:
+                    del row[name]
             return row
         except _Keep as reason:
             batch = copy.copy(batch)  # it may be the user's own object, used again
@@ -63,7 +76,7 @@ class PaddingFreeCollator:
             return batch
 
 
-def _pack(batch: Mapping[str, Any]) -> dict[str, Any]:
+def _pack(batch: Mapping[str, Any]) -> PackedBatch:
     unknown = sorted(set(batch) - _PADDED_KEYS - PACKED_KEYS - set(_TOKEN_KEYS))
     if unknown:
         raise _Keep(f"column '{unknown[0]}' is not one that packing understands")
@@ -104,7 +117,7 @@ def _real_tokens(mask_BS: Tensor) -> Tensor:
 
 def _pack_padded(
     ids_BS: Tensor, labels_BS: Tensor, real_BS: Tensor, position_ids_BS: Tensor | None, columns: dict[str, Tensor]
-) -> dict[str, Any]:
+) -> PackedBatch:
     if position_ids_BS is not None:
         steps_BS = position_ids_BS.diff(dim=1) == 1
         if not bool((steps_BS | ~(real_BS[:, 1:] & real_BS[:, :-1])).all()):
@@ -126,9 +139,7 @@ def _pack_padded(
     return _row(ids_BS[real_BS], labels_T, metadata.position_ids, metadata, columns_T)
 
 
-def _pack_rows(
-    ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor, columns: dict[str, Tensor]
-) -> dict[str, Any]:
+def _pack_rows(ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor, columns: dict[str, Tensor]) -> PackedBatch:
     """Rows without a mask whose position_ids say where documents start: what stock itself takes for packed."""
     starts_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
     starts_BS[:, 1:] = position_ids_BS.diff(dim=1) != 1
@@ -146,16 +157,18 @@ def _pack_rows(
 
 def _row(
     ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, metadata: PackedMetadata, columns_T: dict[str, Tensor]
-) -> dict[str, Any]:
-    return {
-        "input_ids": ids_T[None],
-        "labels": labels_T[None],
-        "position_ids": position_ids_T[None],
-        "cu_seq_lens_q": metadata.cu_seqlens,
-        "cu_seq_lens_k": metadata.cu_seqlens,
-        "max_length_q": metadata.max_seqlen,
-        "max_length_k": metadata.max_seqlen,
-        "seq_idx": metadata.seq_idx[None],
-        **{name: column_T[None] for name, column_T in columns_T.items()},
-        METADATA_KEY: metadata,
-    }
+) -> PackedBatch:
+    return PackedBatch(
+        {
+            "input_ids": ids_T[None],
+            "labels": labels_T[None],
+            "position_ids": position_ids_T[None],
+            "cu_seq_lens_q": metadata.cu_seqlens,
+            "cu_seq_lens_k": metadata.cu_seqlens,
+            "max_length_q": metadata.max_seqlen,
+            "max_length_k": metadata.max_seqlen,
+            "seq_idx": metadata.seq_idx[None],
+            **{name: column_T[None] for name, column_T in columns_T.items()},
+            METADATA_KEY: metadata,
+        }
+    )

@@ -1,16 +1,20 @@
-"""The packing feature: hands its collator to the adapters and counts what it saved."""
+"""The packing feature: hands its collator to the adapters and says at the end what came of it."""
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastft_plugins.kernels.dispatch import choices, forget
 from fastft_plugins.packing.collator import PaddingFreeCollator
-from fastft_plugins.packing.metadata import NotPacked, PackedMetadata
+from fastft_plugins.packing.counting import BatchCount, count_of
 
 if TYPE_CHECKING:
     from fastft_plugins.report import FeatureReport
     from fastft_plugins.run import Run
+
+logger = logging.getLogger("fastft")
 
 
 class PackingFeature:
@@ -21,39 +25,31 @@ class PackingFeature:
     def start(self, run: Run) -> str:
         """See `fastft_plugins.run.Feature`."""
         forget()
+        run.wrap_collator = partial(PaddingFreeCollator, flash_arguments=False)
         changes = run.call("fastft_inject_metadata", wrap_collator=PaddingFreeCollator)
         run.report.features[self.name].changes.extend(changes)
         return "batches are packed without padding, loss and gradients stay those of the padded run"
 
     def stop(self, run: Run) -> None:
         """See `fastft_plugins.run.Feature`."""
-        entry = run.report.features[self.name]
-        if entry.metrics.get("packed_batches"):
+        entry, count = run.report.features[self.name], count_of(run)
+        entry.changes.extend(count.notes())
+        if count.packed:
             entry.changes.extend(f"attention kernel: {choice}" for choice in choices("attention"))
+        elif entry.enabled:
+            _nothing_was_packed(run, entry, count)
         dropped = int(entry.metrics.get("dropped_labels", 0))
-        if dropped:
-            entry.changes.append(
-                f"{dropped:,} first labels of left-padded rows, which stock trains from padding, dropped"
+        if dropped and entry.enabled:
+            entry.reason = (
+                "batches are packed without padding; loss and gradients are those of the padded run without "
+                f"{dropped:,} first labels of left-padded rows, which stock trains from padding, dropped here"
             )
 
 
-def count_batch(entry: FeatureReport, metadata: PackedMetadata | NotPacked) -> None:
-    """Add one training batch to the report; called once per forward, with host numbers only."""
-    metrics = entry.metrics
-    if isinstance(metadata, NotPacked):
-        metrics["unpacked_batches"] = metrics.get("unpacked_batches", 0) + 1
-        note = f"some batches stayed as the collator made them: {metadata.reason}"
-        if note not in entry.changes:
-            entry.changes.append(note)
-        return
-    added = {
-        "packed_batches": 1,
-        "documents": len(metadata.lengths),
-        "tokens": metadata.total_tokens,
-        "padding_removed": metadata.padded_tokens - metadata.total_tokens,
-        "dropped_labels": metadata.dropped_labels,
-    }
-    for name, value in added.items():
-        metrics[name] = metrics.get(name, 0) + value
-    padded = metrics["tokens"] + metrics["padding_removed"]
-    metrics["padding_share"] = metrics["padding_removed"] / padded
+def _nothing_was_packed(run: Run, entry: FeatureReport, count: BatchCount) -> None:
+    """Packing was possible, and yet it did nothing: a report that says "on" would mislead."""
+    reasons = count.reasons.most_common(1)
+    why = reasons[0][0] if reasons else "none with packed metadata reached the model in training"
+    entry.enabled, entry.reason = False, f"no batch was packed: {why}"
+    if count.may_have_trained and not count.has_complained:
+        logger.warning("fastft: packing was on, but %s", entry.reason)

@@ -92,7 +92,7 @@ class PackedMetadata:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NotPacked:
     """Travels in place of the metadata with a batch that stays as the collator made it, and says why."""
 

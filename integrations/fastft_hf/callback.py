@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fastft_hf import trainer as hf_trainer
 from fastft_plugins.config import FastFTConfig
 from fastft_plugins.report import Report
-from fastft_plugins.run import Run, Target, active_run
+from fastft_plugins.run import Run, Target, joinable_run
 
 logger = logging.getLogger("fastft")
 
@@ -42,15 +42,16 @@ class FastFTCallback(TrainerCallback):
         self._stop()
         trainer = hf_trainer.find_trainer(self)
         model = kwargs["model"] if trainer is None else trainer.model
-        outer = active_run(model)
+        outer = joinable_run(model, trainer)
         if outer is not None:  # an apply() around train() owns the run
             self.report = outer.report
             return
-        self._run = Run(Target(model, trainer, "transformers", kwargs.get("train_dataloader")), self.config)
+        target = Target(model, trainer, "transformers", kwargs.get("train_dataloader"))
+        self._run = Run(target, self.config, is_orphan=trainer is None)
         self.report = self._run.report
         self._run.start()
         if trainer is not None:
-            hf_trainer.guard(self._run, trainer)
+            hf_trainer.guard(self._run, trainer, self)
         if state.is_world_process_zero:
             logger.info("%s", self.report)
 

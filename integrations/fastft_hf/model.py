@@ -24,15 +24,17 @@ from fastft_hf.families import Family
 from fastft_hf.stand_in import StandInConfig
 from fastft_hf.suitability import family_of, why_not
 from fastft_plugins.errors import Declined, FastFTError
+from fastft_plugins.hooks import RunHook
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, packed_attention
 from fastft_plugins.packing.collator import PACKED_KEYS
-from fastft_plugins.packing.feature import count_batch
+from fastft_plugins.packing.counting import count_of, count_packed, count_unpacked
 from fastft_plugins.packing.metadata import NotPacked
 from fastft_plugins.run import Run
 
 # Floating-point arguments of attention that packed attention honours.
 _KNOWN = ("s_aux",)
 _ATTENTION_NAME = "fastft"  # without "flash": transformers treats such names as FlashAttention
+_BARE = "no packed metadata came with it; in a loop of your own, give the loader run.collator(collator)"
 
 
 def find_causal_lm(model: nn.Module) -> PreTrainedModel | None:
@@ -46,12 +48,34 @@ def _is_causal_lm(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) and any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
+def holds_pretrained(model: nn.Module) -> bool:
+    """Whether any part of ``model`` is a model of transformers."""
+    return any(isinstance(module, PreTrainedModel) for module in model.modules())
+
+
 def not_a_causal_lm(model: nn.Module) -> Declined:
-    return Declined(f"{type(model).__name__} does not hold exactly one causal language model of transformers")
+    """Why `find_causal_lm` has found none in ``model``, or more than one."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    number = sum(map(_is_causal_lm, models))
+    if number > 1:
+        return Declined(f"{type(model).__name__} holds {number} causal language models; packing serves one")
+    if not models:
+        return Declined(f"{type(model).__name__} does not hold a causal language model of transformers")
+    return Declined(
+        f"{type(models[0]).__name__}, model type '{models[0].config.model_type}', is no causal language model of a "
+        "family that is packed; docs/families.md lists those"
+    )
 
 
-def inject_packed_attention(run: Run, causal_lm: PreTrainedModel) -> str:
-    """Install both seams through the run's ledger; raises `Declined` where packing could differ from stock."""
+def inject_packed_attention(run: Run, causal_lm: PreTrainedModel, *, counts_bare: bool) -> str:
+    """Install both seams through the run's ledger.
+
+    Args:
+        counts_bare: whether each training batch should come with metadata, so that one without counts as unpacked.
+
+    Raises:
+        Declined: where packing could differ from stock.
+    """
     reason = why_not(run.model, causal_lm)
     if reason is not None:
         raise Declined(reason)
@@ -64,8 +88,10 @@ def inject_packed_attention(run: Run, causal_lm: PreTrainedModel) -> str:
     for attention in attentions:
         run.ledger.setattr(attention, "config", StandInConfig(attention.config, _attn_implementation=_ATTENTION_NAME))
     decoder = _innermost_model(causal_lm, attentions)
-    hook = decoder.register_forward_pre_hook(_make_hook(run, family_of(causal_lm)), with_kwargs=True)
-    run.ledger.record("the decoder's forward pre-hook", hook.remove)
+    hook = _MetadataHook(run, family_of(causal_lm), counts_bare)
+    run.ledger.record(
+        "the decoder's forward pre-hook", decoder.register_forward_pre_hook(hook, with_kwargs=True).remove
+    )
     return f"packed attention in {len(attentions)} layers of {type(causal_lm).__name__}"
 
 
@@ -82,32 +108,38 @@ def _is_attention(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
-def _make_hook(run: Run, family: Family) -> Callable[..., Any]:
-    def give_metadata(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+class _MetadataHook(RunHook):
+    """The decoder's forward pre-hook: readies a packed batch for attention, and counts the batches that train."""
+
+    def __init__(self, run: Run, family: Family, counts_bare: bool) -> None:
+        super().__init__(run)
+        self.family, self.counts_bare = family, counts_bare
+
+    def __call__(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         metadata = kwargs.get(METADATA_KEY)
+        is_training = decoder.training and torch.is_grad_enabled()
         if metadata is None:
+            if is_training and self.counts_bare:
+                count_unpacked(self.run, _BARE, None)
+            count_of(self.run).may_have_trained |= torch.is_grad_enabled() and self.counts_bare
             return None
+        reason = metadata.reason if isinstance(metadata, NotPacked) else _why_stale(metadata, args, kwargs)
         kwargs = dict(kwargs)
-        if isinstance(metadata, PackedMetadata):
-            inputs = _inputs(args, kwargs)
-            reason = _why_stale(metadata, inputs, kwargs)
-            if reason is None:
-                _check_positions(metadata, family)
-                if metadata.cu_seqlens.device != inputs.device:  # loops that move tensors alone leave it behind
-                    kwargs[METADATA_KEY] = metadata = metadata.to(inputs.device, non_blocking=True)
-                if decoder.training:
-                    count_batch(run.report.features["packing"], metadata)
-                kwargs["attention_mask"] = _make_mask(metadata)
-                kwargs["use_cache"] = False
-                return args, kwargs
-            metadata = NotPacked(reason)
-        if decoder.training:
-            count_batch(run.report.features["packing"], metadata)
+        if reason is None:
+            _check_positions(metadata, self.family)
+            if torch.is_grad_enabled():  # whatever the mode: models come from_pretrained in that of evaluation
+                count_packed(self.run, metadata)
+            device = _inputs(args, kwargs).device
+            if metadata.cu_seqlens.device != device:  # loops that move tensors alone leave it behind
+                kwargs[METADATA_KEY] = metadata = metadata.to(device, non_blocking=True)
+            kwargs["attention_mask"] = _make_mask(metadata)
+            kwargs["use_cache"] = False
+            return args, kwargs
+        if is_training:
+            count_unpacked(self.run, reason, metadata)
         for key in (METADATA_KEY, *PACKED_KEYS):
             kwargs.pop(key, None)
         return args, kwargs
-
-    return give_metadata
 
 
 def _check_positions(metadata: PackedMetadata, family: Family) -> None:
@@ -131,8 +163,9 @@ def _inputs(args: Any, kwargs: dict[str, Any]) -> Any:
     return kwargs.get("inputs_embeds") if ids is None else ids
 
 
-def _why_stale(metadata: PackedMetadata, inputs: Any, kwargs: dict[str, Any]) -> str | None:
+def _why_stale(metadata: PackedMetadata, args: Any, kwargs: dict[str, Any]) -> str | None:
     """The reason if the batch is no longer the one the metadata was made for. Never waits for a GPU."""
+    inputs = _inputs(args, kwargs)
     if inputs is None or tuple(inputs.shape[:2]) != (1, metadata.total_tokens):
         return "the batch changed shape after the collator"
     if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:

@@ -32,14 +32,18 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str |
 
     if run.target.framework == "transformers" and run.target.trainer is None:
         raise Declined("the Trainer that calls this callback cannot be found, so its loss is unknown")
+    has_trainer, is_loop = isinstance(run.target.trainer, Trainer), run.target.trainer is None
     causal_lm = model.find_causal_lm(run.model)
     if causal_lm is None:
-        if isinstance(run.target.trainer, Trainer):
+        if has_trainer or (is_loop and model.holds_pretrained(run.model)):
             raise model.not_a_causal_lm(run.model)
         return None
-    changes = [model.inject_packed_attention(run, causal_lm)]
-    if isinstance(run.target.trainer, Trainer):
-        moves_positions = family_of(causal_lm).moves_positions
+    # The adapter of another trainer may have reasons of its own for a batch without metadata.
+    changes = [model.inject_packed_attention(run, causal_lm, counts_bare=has_trainer or is_loop)]
+    moves_positions = family_of(causal_lm).moves_positions
+    if run.wrap_collator is not None:
+        run.wrap_collator = partial(run.wrap_collator, move_positions=moves_positions)
+    if has_trainer:
         changes.append(trainer.inject_collator(run, partial(wrap_collator, move_positions=moves_positions)))
     return "; ".join(changes)
 

@@ -21,6 +21,9 @@ _STOCK_MODULES = ("transformers.trainer", "transformers.trainer_seq2seq", "trl.t
 # What the Trainer runs between on_train_begin and the end of train(); an exception inside one of them ends the run.
 _GUARDED = ("_run_epoch", "_evaluate", "_finalize_training")
 
+_WRAPPED = "collator of the train dataloader"
+_NOT_YET = ", when training makes it"
+
 
 def find_trainer(callback: Any) -> Trainer | None:
     """The Trainer that is calling ``callback``: callbacks are not given it, but it is ``self`` in a calling frame."""
@@ -33,8 +36,12 @@ def find_trainer(callback: Any) -> Trainer | None:
     return None
 
 
-def guard(run: Run, trainer: Trainer) -> None:
-    """Stop ``run`` when an exception leaves the training loop: no callback event is fired then."""
+def guard(run: Run, trainer: Trainer, starter: Any) -> None:
+    """Stop ``run`` when an exception leaves the training loop: no callback event is fired then.
+
+    ``starter`` is the callback in whose on_train_begin this happens; those after it can still fail in theirs, which
+    this event's own call, already under way, would not notice.
+    """
     run_ref = weakref.ref(run)
 
     def stop_on_error(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,6 +62,8 @@ def guard(run: Run, trainer: Trainer) -> None:
             run.ledger.setattr(trainer, name, stop_on_error(getattr(trainer, name)))
     handler = trainer.callback_handler
     run.ledger.setattr(handler, "call_event", stop_on_error(handler.call_event))
+    for callback in handler.callbacks[handler.callbacks.index(starter) + 1 :]:
+        run.ledger.setattr(callback, "on_train_begin", stop_on_error(callback.on_train_begin))
 
 
 def inject_collator(run: Run, wrap_collator: Callable[[Any], Any]) -> str:
@@ -63,7 +72,7 @@ def inject_collator(run: Run, wrap_collator: Callable[[Any], Any]) -> str:
     _check_loss(trainer)
     if run.target.train_dataloader is not None:
         _wrap(run, run.target.train_dataloader, wrap_collator)
-        return "collator of the train dataloader"
+        return _WRAPPED
     run_ref, make_loader = weakref.ref(run), trainer.get_train_dataloader
 
     @functools.wraps(make_loader)
@@ -72,12 +81,14 @@ def inject_collator(run: Run, wrap_collator: Callable[[Any], Any]) -> str:
         if run is not None and run.active:
             try:
                 _wrap(run, loader, wrap_collator)
+                changes = run.report.features["packing"].changes
+                changes[:] = [change.replace(_WRAPPED + _NOT_YET, _WRAPPED) for change in changes]
             except Declined as declined:
                 run.switch_off("packing", declined)
         return loader
 
     run.ledger.setattr(trainer, "get_train_dataloader", get_train_dataloader)
-    return "collator of the train dataloader, when training makes it"
+    return _WRAPPED + _NOT_YET
 
 
 def _check_loss(trainer: Trainer) -> None:
@@ -89,6 +100,8 @@ def _check_loss(trainer: Trainer) -> None:
         if name in vars(trainer) or owner.__module__ not in _STOCK_MODULES:
             where = getattr(owner, "__qualname__", name)
             raise Declined(f"{where} overrides {name}: its loss may not be a sum over tokens")
+    if trainer.neftune_noise_alpha:
+        raise Declined("neftune_noise_alpha is set: the size of its noise depends on the length of the padded rows")
     if trainer.args.n_gpu > 1:
         raise Declined("DataParallel splits batches by rows, and a packed batch has one; launch one process per GPU")
     if trainer.args.torch_compile:
@@ -100,5 +113,8 @@ def _check_loss(trainer: Trainer) -> None:
 def _wrap(run: Run, train_dataloader: Any, wrap_collator: Callable[[Any], Any]) -> None:
     loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
     if type(train_dataloader).__name__ == "DataLoaderDispatcher":
-        raise Declined("the dataloader dispatches slices of one batch to all processes; set dispatch_batches=False")
+        raise Declined(
+            "the dataloader dispatches slices of one batch to all processes, the default for a stream even with one "
+            "process; set accelerator_config={'dispatch_batches': False}"
+        )
     wrap_dataloader(run, loader, wrap_collator)

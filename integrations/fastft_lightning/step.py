@@ -21,7 +21,7 @@ from fastft_lightning.traps import is_checkpointing
 from fastft_plugins.errors import Declined
 from fastft_plugins.packing import METADATA_KEY
 from fastft_plugins.packing.collator import PACKED_KEYS
-from fastft_plugins.packing.feature import count_batch
+from fastft_plugins.packing.counting import count_unpacked
 from fastft_plugins.packing.metadata import NotPacked
 from fastft_plugins.run import Run
 
@@ -86,13 +86,12 @@ class Step:
         twin = next((twin for twin in self._twins if twin.inputs.get("input_ids") is given.get("input_ids")), None)
         reason = self._why_not(twin, given)
         if reason is not None:
-            count_batch(self.run.report.features["packing"], NotPacked(reason))
-            if twin is None or twin.metadata is not None:
+            is_refusal = twin is None or twin.metadata is not None
+            count_unpacked(self.run, reason, twin, complain=self._has_packed or not is_refusal)
+            if is_refusal:
                 self._refusal = reason
             return None
         assert twin is not None and twin.metadata is not None and isinstance(twin.row, dict)
-        if not self.causal_lm.base_model.training:  # the decoder's own hook counts in training mode only
-            count_batch(self.run.report.features["packing"], twin.metadata)
         if twin.came_packed and len(twin.metadata.lengths) > 1 and not self._is_leak_known:
             self._is_leak_known = True
             if given.get("use_cache", self.causal_lm.config.use_cache) and not is_checkpointing(self.causal_lm):

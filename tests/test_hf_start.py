@@ -1,0 +1,100 @@
+"""How the callback's run begins: beside callbacks that fail, after runs that were left behind, inside blocks."""
+
+from __future__ import annotations
+
+import pytest
+from hf_helpers import Pad, documents, make_trainer, tiny_model
+from transformers import AttentionInterface, Trainer, TrainerCallback, TrainingArguments
+
+from fastft_hf import trainer as hf_trainer
+from fastft_plugins import FastFTCallback, apply
+from fastft_plugins.run import active_run
+
+
+class Bad(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        raise RuntimeError("no tracker")
+
+
+def trainer_of(model, folder, callbacks):
+    """A Trainer of the model itself, not of a copy."""
+    made = make_trainer(folder, tiny_model())
+    return Trainer(model, made.args, data_collator=Pad(), train_dataset=made.train_dataset, callbacks=callbacks)
+
+
+def packed(report):
+    return report.features["packing"].metrics.get("packed_batches")
+
+
+def test_a_callback_that_fails_after_ours_leaves_no_run(tmp_path):
+    model, ours, bad = tiny_model(), FastFTCallback(), Bad()
+    trainer = trainer_of(model, tmp_path, [ours, bad])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no tracker"):
+            trainer.train()
+        assert ours.report.state == "stopped by RuntimeError" and active_run(model) is None
+        assert "get_train_dataloader" not in vars(trainer) and "on_train_begin" not in vars(bad)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        assert "fastft" not in AttentionInterface._global_mapping
+    callback = FastFTCallback()
+    trainer_of(model, tmp_path, [callback]).train()
+    assert packed(callback.report) == 5
+
+
+@pytest.mark.parametrize("start", ["trainer", "apply to trainer", "apply to model"])
+def test_a_run_that_was_left_behind_is_not_joined(tmp_path, monkeypatch, start):
+    model, old = tiny_model().train(), FastFTCallback()
+    with monkeypatch.context() as patch:  # without its Trainer a callback cannot know that training has failed
+        patch.setattr(hf_trainer, "find_trainer", lambda callback: None)
+        failing = trainer_of(model, tmp_path, [old, Bad()])
+        with pytest.raises(RuntimeError, match="no tracker"):
+            failing.train()
+    assert active_run(model) is not None
+    if start == "trainer":
+        callback = FastFTCallback()
+        trainer_of(model, tmp_path, [callback]).train()
+        report = callback.report
+    else:
+        trainer = trainer_of(model, tmp_path, [])
+        with apply(trainer if start == "apply to trainer" else model) as run:
+            if start == "apply to trainer":
+                trainer.train()
+            else:
+                model(**run.collator(Pad())(documents(4))).loss.backward()
+        report = run.report
+    assert old.report.state == report.state == "finished" and report is not old.report
+    assert packed(report) == (1 if start == "apply to model" else 5)
+    assert active_run(model) is None
+
+
+def test_another_trainer_inside_a_block_starts_afresh(tmp_path):
+    model, callback = tiny_model(), FastFTCallback()
+    first, second = trainer_of(model, tmp_path, []), trainer_of(model, tmp_path, [callback])
+    with apply(first) as run:
+        second.train()
+        assert not run.active
+    assert packed(callback.report) == 5 and active_run(model) is None
+
+
+def test_a_block_around_a_model_is_joined_by_the_callback(tmp_path):
+    model, callback = tiny_model(), FastFTCallback()
+    with apply(model) as run:
+        trainer_of(model, tmp_path, [callback]).train()
+        assert run.active and callback.report is run.report
+    assert "no batch was packed" in run.report.features["packing"].reason
+
+
+def test_two_callbacks_share_one_run(tmp_path):
+    callbacks = [FastFTCallback(), FastFTCallback()]
+    trainer_of(tiny_model(), tmp_path, callbacks).train()
+    assert callbacks[0].report is callbacks[1].report and packed(callbacks[0].report) == 5
+
+
+def test_the_report_says_what_was_wrapped_once_it_is(tmp_path):
+    """Inside the block, before training, there is no dataloader yet."""
+    trainer = trainer_of(tiny_model(), tmp_path, [])
+    assert isinstance(trainer.args, TrainingArguments)
+    with apply(trainer) as run:
+        assert "when training makes it" in run.report.features["packing"].changes[0]
+        trainer.train()
+    assert run.report.features["packing"].changes[0].endswith("; collator of the train dataloader")
