@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ GROUPS = ("lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_fa
 
 
 def declare_entry_points(folder: Path) -> None:
-    """Write this project's Lightning entry points into ``folder`` as an installer would, under a name of their own."""
+    """Write this project's Lightning entry points into ``folder`` as an installer would, unless they are installed."""
+    if all(entry_points(group=group, name="fastft") for group in GROUPS):
+        return
     text, lines = (ROOT / "pyproject.toml").read_text(), []
     for group in GROUPS:
         (entry,) = re.findall(rf'^\[project\.entry-points\."{re.escape(group)}"\]\n(.*)$', text, re.MULTILINE)
