@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hf_helpers import Pad, documents, make_trainer, tiny_model
+from hf_helpers import DEFAULTS, Pad, documents, losses, make_trainer, tiny_model
+from torch.testing import assert_close
 from transformers import AttentionInterface, Trainer, TrainerCallback, TrainingArguments
 
 from fastft_hf import trainer as hf_trainer
@@ -98,3 +99,23 @@ def test_the_report_says_what_was_wrapped_once_it_is(tmp_path):
         assert "when training makes it" in run.report.features["packing"].changes[0]
         trainer.train()
     assert run.report.features["packing"].changes[0].endswith("; collator of the train dataloader")
+
+
+def test_a_block_around_a_trainer_that_makes_its_model_anew_declines(tmp_path):
+    """``model_init`` replaces the model inside train(): what a block changed before would be the old one."""
+
+    def trainer():
+        arguments = TrainingArguments(str(tmp_path), **DEFAULTS)
+        return Trainer(args=arguments, model_init=lambda: tiny_model(), data_collator=Pad(), train_dataset=documents())
+
+    stock, inside, callback = trainer(), trainer(), FastFTCallback()
+    with apply(inside) as run:
+        inside.train()
+    assert "model_init" in run.report.features["packing"].reason
+    with_callback = trainer()
+    with_callback.add_callback(callback)
+    for each in (stock, with_callback):
+        each.train()
+    assert losses(inside) == losses(stock)
+    assert callback.report.features["packing"].metrics["packed_batches"] == 5
+    assert_close(losses(with_callback), losses(stock), rtol=2e-6, atol=2e-6)

@@ -104,3 +104,11 @@ def test_a_batch_whose_positions_must_not_move_stays_padded():
     kept = pack(LEFT, move_positions=False)
     assert "moves its positions" in kept[METADATA_KEY].reason and kept["input_ids"].tolist() == LEFT["input_ids"]
     assert pack(RIGHT, move_positions=False)[METADATA_KEY].lengths == (3, 2)
+
+
+@pytest.mark.parametrize("name", ["shift_labels", "token_type_ids", "completion_mask"])
+def test_a_column_that_is_none_is_no_column(name):
+    row = PaddingFreeCollator(lambda batch: batch)(
+        {key: torch.tensor(rows) for key, rows in RIGHT.items()} | {name: None}
+    )
+    assert row["input_ids"].tolist() == [[11, 12, 13, 21, 22]] and name not in row

@@ -97,7 +97,7 @@ def _pack(batch: Mapping[str, Any]) -> PackedBatch:
         return _pack_rows(ids_BS, labels_BS, position_ids_BS, columns)
     real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask is None else _real_tokens(mask)
     for name in ("labels", "shift_labels"):
-        if name in batch and bool((batch[name][~real_BS] != IGNORE_INDEX).any()):
+        if batch.get(name) is not None and bool((batch[name][~real_BS] != IGNORE_INDEX).any()):
             raise _Keep(f"{name} on padding positions, which stock training counts")
     return _pack_padded(ids_BS, labels_BS, real_BS, position_ids_BS, columns)
 

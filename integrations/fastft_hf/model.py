@@ -177,7 +177,7 @@ def _why_stale(metadata: PackedMetadata, args: Any, kwargs: dict[str, Any]) -> s
         starts_T = position_ids[0].diff(prepend=position_ids[0, :1]) != 1
         if not torch.equal(starts_T.nonzero().flatten(), metadata.cu_seqlens[:-1].long()):
             return "position_ids were changed after the collator"
-    elif position_ids._version:  # a fresh copy on the device has version 0
+    elif not position_ids.is_inference() and position_ids._version:  # a fresh copy on the device has version 0
         return "position_ids were changed in place after the collator"
     return None
 

@@ -30,6 +30,7 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str |
     from fastft_hf import model, trainer
     from fastft_hf.suitability import family_of
 
+    _check_that_the_model_stays(run)
     if run.target.framework == "transformers" and run.target.trainer is None:
         raise Declined("the Trainer that calls this callback cannot be found, so its loss is unknown")
     has_trainer, is_loop = isinstance(run.target.trainer, Trainer), run.target.trainer is None
@@ -54,4 +55,13 @@ def fastft_inject_router(run: Run, experts_fn: Callable[..., Any]) -> str | None
         return None
     from fastft_hf import experts
 
+    _check_that_the_model_stays(run)
     return experts.inject_experts(run, experts_fn)
+
+
+def _check_that_the_model_stays(run: Run) -> None:
+    """Raise `Declined` for a block around a Trainer that replaces its model when it trains."""
+    if getattr(run.target.trainer, "model_init", None) is not None and run.target.train_dataloader is None:
+        raise Declined(
+            "the Trainer makes its model anew in train() (model_init): use FastFTCallback, which starts then"
+        )
