@@ -89,6 +89,7 @@ class Ledger:
         self._unwind(0)
 
     def _unwind(self, mark: int) -> None:
+        interrupt: BaseException | None = None
         while len(self._undo) > mark:
             what, undo = self._undo.pop()
             try:
@@ -96,3 +97,8 @@ class Ledger:
             except Exception as error:  # the other undo steps must still run
                 self.notes.append(f"{what} could not be restored: {error}")
                 logger.exception("fastft: %s could not be restored", what)
+            except BaseException as error:  # a second Ctrl-C, say: it waits until everything is restored
+                self.notes.append(f"{what} was interrupted while it was restored")
+                interrupt = interrupt or error
+        if interrupt is not None:
+            raise interrupt

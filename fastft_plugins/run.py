@@ -118,9 +118,11 @@ class Run:
             except Exception as problem:  # only the report suffers; everything must still be restored
                 self.report.notes.append(f"{feature.name} failed to finish its report: {problem}")
         self._features.clear()
-        self.ledger.close()
-        self.report.notes.extend(self.ledger.notes)
-        _active.pop(id(self.model), None)
+        try:
+            self.ledger.close()
+        finally:  # an interrupt during the undo comes out of it, after everything is restored
+            self.report.notes.extend(self.ledger.notes)
+            _active.pop(id(self.model), None)
 
     def call(self, hook: str, **arguments: Any) -> list[str]:
         """Call a seam on every plugin; returns what they changed.
@@ -255,19 +257,18 @@ class apply:
 
     def __init__(self, target: Any, config: FastFTConfig | Mapping[str, Any] | None = None) -> None:
         self._run = Run(find_target(target), config)
-        self._joined = False
+        self._joined: list[bool] = []  # one for each block that is open, innermost last
 
     def __enter__(self) -> Run:
         outer = joinable_run(self._run.model, self._run.target.trainer)
-        if outer is not None:
-            self._joined = True
-            return outer
-        return self._run.start()
+        run = self._run.start() if outer is None else outer
+        self._joined.append(outer is not None)
+        return run
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._joined:
+        if not self._joined.pop():
             self._run.stop(error)
 
 

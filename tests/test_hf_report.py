@@ -6,6 +6,7 @@ import pytest
 import torch
 from hf_helpers import DEFAULTS, Pad, documents, losses, make_trainer, tiny_model
 from test_hf_parity import Tokenizer
+from transformers import Trainer
 
 from fastft_plugins import FastFTCallback, FastFTError
 
@@ -122,3 +123,43 @@ def test_dropout_of_lora_draws_other_numbers_and_is_packed_all_the_same(tmp_path
         trainer.train()
         runs.append(losses(trainer)[0])
     assert runs[0] != pytest.approx(runs[1], rel=1e-4)
+
+
+class PerSequence(torch.nn.Module):
+    """A wrapper with a loss of its own: the mean of each sequence's mean."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        logits, labels = self.inner(input_ids=input_ids, **kwargs).logits[:, :-1], labels[:, 1:]
+        loss_BT = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return {"loss": (loss_BT.sum(1) / (labels != -100).sum(1)).mean()}
+
+
+def test_a_module_around_the_model_may_have_a_loss_of_its_own(tmp_path):
+    callback, model = FastFTCallback(), PerSequence(tiny_model())
+    stock = make_trainer(tmp_path, model)
+    ours = make_trainer(tmp_path, model, callbacks=[callback])
+    stock.train(), ours.train()
+    assert "PerSequence" in callback.report.features["packing"].reason and losses(ours) == losses(stock)
+
+
+def test_a_trainer_that_prepares_inputs_its_own_way_declines(tmp_path):
+    class Own(Trainer):
+        def _prepare_inputs(self, inputs):
+            inputs = super()._prepare_inputs(inputs)
+            return {**inputs, "labels": inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)}
+
+    callback = FastFTCallback()
+    make_trainer(tmp_path, tiny_model(), callbacks=[callback], trainer_class=Own).train()
+    assert "_prepare_inputs" in callback.report.features["packing"].reason
+
+
+def test_activated_lora_declines(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules="all-linear", r=4, alora_invocation_tokens=[7, 8], task_type="CAUSAL_LM")
+    callback = FastFTCallback()
+    make_trainer(tmp_path, peft.get_peft_model(tiny_model(), config), callbacks=[callback]).train()
+    assert "activated LoRA" in callback.report.features["packing"].reason

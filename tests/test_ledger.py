@@ -238,3 +238,16 @@ def test_the_value_is_not_kept_alive_by_the_ledger(ledger):
     del value
     gc.collect()
     assert alive() is None
+
+
+def test_an_interrupt_while_restoring_waits_until_everything_is_restored():
+    ledger, undone = Ledger(), []
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    ledger.record("first", lambda: undone.append("first"))
+    ledger.record("worker shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.close()
+    assert undone == ["first"] and len(ledger) == 0

@@ -47,10 +47,11 @@ def choose(op: str, call: Hashable) -> Choice:
     """The best kernel for ``call``; remembered, so that a layer pays for one dictionary lookup."""
     manager = get_plugin_manager()
     key = (op, call, manager, manager.generation)
-    if key not in _choices:
-        _choices[key] = _decide(op, call)
-        logger.debug("fastft: %s runs on %s", op, _choices[key])
-    return _choices[key]
+    choice = _choices.get(key)
+    if choice is None:  # another thread may call `forget` at any moment
+        choice = _choices[key] = _decide(op, call)
+        logger.debug("fastft: %s runs on %s", op, choice)
+    return choice
 
 
 def choices(op: str) -> list[str]:

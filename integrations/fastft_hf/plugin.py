@@ -28,7 +28,7 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str |
     from transformers import Trainer
 
     from fastft_hf import model, trainer
-    from fastft_hf.suitability import family_of
+    from fastft_hf.suitability import family_of, why_not_inside
 
     _check_that_the_model_stays(run)
     if run.target.framework == "transformers" and run.target.trainer is None:
@@ -39,6 +39,9 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str |
         if has_trainer or (is_loop and model.holds_pretrained(run.model)):
             raise model.not_a_causal_lm(run.model)
         return None
+    reason = why_not_inside(run.model, causal_lm) if has_trainer else None
+    if reason is not None:
+        raise Declined(reason)
     # The adapter of another trainer may have reasons of its own for a batch without metadata.
     changes = [model.inject_packed_attention(run, causal_lm, counts_bare=has_trainer or is_loop)]
     moves_positions = family_of(causal_lm).moves_positions

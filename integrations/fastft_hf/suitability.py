@@ -11,6 +11,8 @@ from fastft_hf.families import FAMILIES, Family
 
 # Attention implementations whose results packed attention reproduces.
 _IMPLEMENTATIONS = ("sdpa", "eager")
+# Packages whose modules pass batches and losses on as they are: adapters, data parallelism, compilation.
+_KNOWN_WRAPPERS = ("peft", "torch", "accelerate", "transformers")
 # Rotary embeddings whose angles depend on the longest row of the padded batch.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -76,9 +78,23 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     return nested or [parameters]
 
 
+def why_not_inside(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
+    """The reason if a module around ``causal_lm`` may compute a loss, or change the batch, in a way of its own."""
+    around = [module for module in model.modules() if module is not causal_lm and causal_lm in set(module.modules())]
+    for module in around:
+        if type(module).__module__.split(".")[0] not in _KNOWN_WRAPPERS:
+            return f"{type(module).__name__} around the model may have a loss of its own that is no sum over tokens"
+    return None
+
+
 def _why_not_wrapper(model: nn.Module) -> str | None:
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        return "PEFT prompt learning puts virtual tokens before each row"
+    for module in model.modules():
+        adapters = getattr(module, "peft_config", None)
+        for adapter in adapters.values() if isinstance(adapters, dict) else ():
+            if getattr(adapter, "is_prompt_learning", False):
+                return "PEFT prompt learning puts virtual tokens before each row"
+            if getattr(adapter, "alora_invocation_tokens", None):
+                return "PEFT's activated LoRA looks for its invocation once in each row"
     if isinstance(model, nn.DataParallel):
         return "DataParallel splits batches by rows, and a packed batch has one"
     return None

@@ -15,7 +15,13 @@ from fastft_plugins.packing.dataloader import wrap_dataloader
 from fastft_plugins.run import Run
 
 # Methods that decide the loss, and the modules whose versions are known to sum over tokens.
-_LOSS_METHODS = ("compute_loss", "training_step", "_get_num_items_in_batch")
+_LOSS_METHODS = (
+    "compute_loss",
+    "training_step",
+    "_prepare_inputs",
+    "get_batch_samples",
+    "_get_num_items_in_batch",
+)
 _STOCK_MODULES = ("transformers.trainer", "transformers.trainer_seq2seq", "trl.trainer.sft_trainer")
 
 # What the Trainer runs between on_train_begin and the end of train(); an exception inside one of them ends the run.
@@ -102,6 +108,8 @@ def _check_loss(trainer: Trainer) -> None:
             raise Declined(f"{where} overrides {name}: its loss may not be a sum over tokens")
     if trainer.neftune_noise_alpha:
         raise Declined("neftune_noise_alpha is set: the size of its noise depends on the length of the padded rows")
+    if not getattr(trainer, "_loss_shifts_labels", True):
+        raise Declined("the Trainer counts first labels that it never trains, which a packed row cannot reproduce")
     if trainer.args.n_gpu > 1:
         raise Declined("DataParallel splits batches by rows, and a packed batch has one; launch one process per GPU")
     if trainer.args.torch_compile:
