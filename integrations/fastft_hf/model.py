@@ -123,23 +123,35 @@ class _MetadataHook(RunHook):
                 count_unpacked(self.run, _BARE, None)
             count_of(self.run).may_have_trained |= torch.is_grad_enabled() and self.counts_bare
             return None
-        reason = metadata.reason if isinstance(metadata, NotPacked) else _why_stale(metadata, args, kwargs)
         kwargs = dict(kwargs)
-        if reason is None:
-            _check_positions(metadata, self.family)
-            if torch.is_grad_enabled():  # whatever the mode: models come from_pretrained in that of evaluation
-                count_packed(self.run, metadata)
-            device = _inputs(args, kwargs).device
-            if metadata.cu_seqlens.device != device:  # loops that move tensors alone leave it behind
-                kwargs[METADATA_KEY] = metadata = metadata.to(device, non_blocking=True)
-            kwargs["attention_mask"] = _make_mask(metadata)
-            kwargs["use_cache"] = False
+        if kwargs.get("past_key_values") is not None:  # the caller continues a sequence, and means what stock does
+            metadata = NotPacked("past_key_values came with it")
+        if isinstance(metadata, NotPacked):
+            if is_training:
+                count_unpacked(self.run, metadata.reason, metadata)
+            for key in (METADATA_KEY, *PACKED_KEYS):
+                kwargs.pop(key, None)
             return args, kwargs
-        if is_training:
-            count_unpacked(self.run, reason, metadata)
-        for key in (METADATA_KEY, *PACKED_KEYS):
-            kwargs.pop(key, None)
+        _check_unchanged(metadata, args, kwargs)
+        _check_positions(metadata, self.family)
+        if torch.is_grad_enabled():  # whatever the mode: models come from_pretrained in that of evaluation
+            count_packed(self.run, metadata)
+        device = _inputs(args, kwargs).device
+        if metadata.cu_seqlens.device != device:  # loops that move tensors alone leave it behind
+            kwargs[METADATA_KEY] = metadata = metadata.to(device, non_blocking=True)
+        kwargs["attention_mask"] = _make_mask(metadata)
+        kwargs["use_cache"] = False
         return args, kwargs
+
+
+def _check_unchanged(metadata: PackedMetadata, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise for a row that is no longer the one the metadata was made for: as one sequence, its documents would mix."""
+    reason = _why_stale(metadata, args, kwargs)
+    if reason is not None:
+        raise FastFTError(
+            f"{reason}: this packed row is not what its metadata says, and its padding, with which stock could train "
+            "it, is gone. Change batches inside the collator, before they are packed, or train with packing='off'"
+        )
 
 
 def _check_positions(metadata: PackedMetadata, family: Family) -> None:
@@ -168,8 +180,8 @@ def _why_stale(metadata: PackedMetadata, args: Any, kwargs: dict[str, Any]) -> s
     inputs = _inputs(args, kwargs)
     if inputs is None or tuple(inputs.shape[:2]) != (1, metadata.total_tokens):
         return "the batch changed shape after the collator"
-    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
-        return "the batch got an attention_mask or past_key_values after the collator"
+    if kwargs.get("attention_mask") is not None:
+        return "the batch got an attention_mask after the collator"
     position_ids = kwargs.get("position_ids")
     if position_ids is None or position_ids.shape != (1, metadata.total_tokens):
         return "position_ids were removed or changed shape after the collator"
