@@ -92,7 +92,7 @@ def reference_combine_rows(
     bias_EH: Tensor | None,
     ids_TK: Tensor | None,
 ) -> Tensor:
-    precise = _precise(rows_SH.dtype)
+    precise = sum_dtype(rows_SH.dtype)
     tokens, top_k = inverse_TK.shape
     out_TH = torch.zeros((tokens, rows_SH.shape[1]), dtype=precise, device=rows_SH.device)
     for k in range(top_k):
@@ -108,7 +108,7 @@ def reference_combine_rows(
 
 
 def reference_segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None) -> Tensor:
-    rows_SN = rows.gathered().to(_precise(rows.source_XH.dtype))
+    rows_SN = rows.gathered().to(sum_dtype(rows.source_XH.dtype))
     if weights_S is not None:
         rows_SN = rows_SN * weights_S[:, None].to(rows_SN.dtype)
     place_S = torch.arange(rows_SN.shape[0], dtype=offsets_E.dtype, device=rows_SN.device)
@@ -117,7 +117,8 @@ def reference_segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | Non
     return out_EN[:-1]
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers of ``dtype`` are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft_plugins.kernels.gate import Gate, gate_backward, gate_forward
-from fastft_plugins.kernels.rows import Rows, combine_rows
+from fastft_plugins.kernels.rows import Rows, combine_rows, sum_dtype
 from fastft_plugins.moe.projection import Low, Projection, low_back, parameter_grads, project, project_back
 from fastft_plugins.moe.routing import Routing
 
@@ -105,7 +105,9 @@ class _Experts(torch.autograd.Function):
         douts = Rows(dout, token_S if ctx.combine else None)
 
         dz_SN = torch.empty_like(z_SN) if _graph_is_kept() else z_SN
-        dscales_S = torch.zeros(scales_S.shape, dtype=_sum_dtype(z_SN), device=z_SN.device)  # stays so for sentinels
+        dscales_S = torch.zeros(
+            scales_S.shape, dtype=sum_dtype(z_SN.dtype), device=z_SN.device
+        )  # stays so for sentinels
         scaled_SI = None
         if need_down.weight or need_down.lora_a:
             scaled_SI = z_SN.new_empty((z_SN.shape[0], w2.shape[1]))
@@ -165,16 +167,12 @@ def _graph_is_kept() -> bool:
     return True if asked is None else bool(asked())
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def _bias_dots(dout_TH: Tensor, b2_EH: Tensor, ids_TK: Tensor) -> Tensor:
     """⟨dO, b2⟩ of each slot: one small product with all experts, then a choice. fp32, or fp64 for fp64 input."""
     if dout_TH.is_cuda and dout_TH.dtype in (torch.bfloat16, torch.float16):
         dots_TE = torch.mm(dout_TH, b2_EH.t(), out_dtype=torch.float32)
     else:
-        precise = torch.float64 if dout_TH.dtype == torch.float64 else torch.float32
+        precise = sum_dtype(dout_TH.dtype)
         dots_TE = dout_TH.to(precise) @ b2_EH.t().to(precise)
     experts = b2_EH.shape[0]
     dots_TK = dots_TE.gather(1, ids_TK.clamp(0, experts - 1).long())

@@ -129,12 +129,8 @@ def _stock(module: Any) -> Callable[..., Tensor]:
 
 
 def _eager(module: Any) -> Callable[..., Tensor]:
-    forward: Callable[..., Tensor] = inspect.getclosurevars(_decorated(module)).nonlocals["original_forward"]
+    forward: Callable[..., Tensor] = inspect.getclosurevars(type(module).forward).nonlocals["original_forward"]
     return forward
-
-
-def _decorated(module: Any) -> Any:
-    return inspect.getattr_static(type(module), "forward", None) or type(module).forward
 
 
 def _register() -> None:
