@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastft_plugins.kernels.attention import AttentionCall
+from fastft_plugins.kernels.attention import UNEVEN, AttentionCall
 from fastft_plugins.kernels.dispatch import choose
 from fastft_plugins.packing.metadata import PackedMetadata
 
@@ -55,6 +55,7 @@ def packed_attention(
         window is not None,
         softcap is not None,
         sinks is not None,
+        len(metadata.lengths) * metadata.max_seqlen > UNEVEN * metadata.total_tokens,
     )
     run = choose("attention", call).kernel.run
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
