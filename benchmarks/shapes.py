@@ -69,6 +69,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _qwen3(1024, 3072, 28, heads=16, tied=True),
     "qwen3-4b": _qwen3(2560, 9728, 36, heads=32, tied=True),
     "qwen3-14b": _qwen3(5120, 17408, 40, heads=40, tied=False),
+    "qwen3-32b": _qwen3(5120, 25600, 64, heads=64, tied=False),
     "qwen3-30b-a3b": {
         **_qwen3(2048, 6144, 48, heads=32, tied=False),
         "model_type": "qwen3_moe",
@@ -77,6 +78,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
+    },
+    "gemma3-4b": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262208,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 1024,
     },
     # The defaults of gpt_oss's config are those of gpt-oss-120b.
     "gpt-oss-20b": {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32},
@@ -90,17 +102,17 @@ def vocab_size(shape: str) -> int:
     return int(AutoConfig.for_model(**values).vocab_size)
 
 
-def build_model(settings: Settings) -> torch.nn.Module:
+def build_model(settings: Settings, attention: str | None = None) -> torch.nn.Module:
     """The shape's stock model, on the device, in training mode, with LoRA adapters if asked for.
 
-    Attention is sdpa, or eager where the model has sinks, which sdpa lacks.
+    Attention is sdpa, or eager where the model has sinks, which sdpa lacks, unless a name is given.
     """
     values = dict(SHAPES[settings.shape])
     if settings.layers is not None:
         values["num_hidden_layers"] = settings.layers
     config = AutoConfig.for_model(**values)
     config.use_cache = False
-    attention = "eager" if config.model_type == "gpt_oss" else "sdpa"
+    attention = attention or ("eager" if config.model_type == "gpt_oss" else "sdpa")
     torch.manual_seed(settings.seed)
     # On the device at once: drawing billions of numbers on the host would take minutes.
     with settings.torch_device():
@@ -108,7 +120,7 @@ def build_model(settings: Settings) -> torch.nn.Module:
             config, dtype=settings.torch_dtype(), attn_implementation=attention
         )
         if settings.trainable == "lora":
-            model = _with_lora(model)
+            model = _with_lora(model, fp32=settings.dtype == "fp16")
     return model.train()
 
 
@@ -127,10 +139,11 @@ def checkpointing_argument() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
-def _with_lora(model: torch.nn.Module) -> torch.nn.Module:
+def _with_lora(model: torch.nn.Module, fp32: bool) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    # Adapters in the model's dtype: in fp32 they would make every stack cast its activations twice a layer.
-    adapted: torch.nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
+    # Adapters in the model's dtype: in fp32, which the loss scaling of fp16 needs, they make every stack cast its
+    # activations twice a layer.
+    adapted: torch.nn.Module = get_peft_model(model, config, autocast_adapter_dtype=fp32)
     return adapted
