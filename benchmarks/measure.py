@@ -134,12 +134,13 @@ def _training_arguments(settings: Settings, directory: str, documents: int, lige
 
 
 def _time_parts(trainer: Trainer, recorder: Recorder) -> None:
-    # Modules inside the model are left alone: only the model that Trainer itself calls is timed.
+    # Modules inside the model are left alone: only the model that Trainer itself calls is timed. No hook after forward,
+    # which could change the loss, so that fastft would decline: the forward lasts until the backward begins.
     trainer.model.register_forward_pre_hook(lambda module, args: recorder.begin_part("forward"))
-    trainer.model.register_forward_hook(lambda module, args, output: recorder.end_part("forward"))
     backward = trainer.accelerator.backward
 
     def timed_backward(*args: Any, **kwargs: Any) -> None:
+        recorder.end_part("forward")
         with recorder.part("backward"):
             backward(*args, **kwargs)
 

@@ -135,6 +135,8 @@ def _pack_padded(
     )
     labels_T = labels_BS[real_BS]
     labels_T[metadata.cu_seqlens[:-1].long()] = IGNORE_INDEX
+    if metadata.dropped_labels and bool((labels_T == IGNORE_INDEX).all()):
+        raise _Keep("its only labels are first labels behind padding, which stock trains and packing drops")
     columns_T = {name: column_BS[real_BS] for name, column_BS in columns.items()}
     return _row(ids_BS[real_BS], labels_T, metadata.position_ids, metadata, columns_T)
 
@@ -145,7 +147,7 @@ def _pack_rows(ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor, colum
     starts_BS[:, 1:] = position_ids_BS.diff(dim=1) != 1
     columns_T = {name: column_BS.flatten() for name, column_BS in columns.items()}
     metadata = PackedMetadata.from_lengths(
-        segments.lengths_of(starts_BS.flatten()),
+        segments.lengths_of(starts_BS.flatten().cpu()),
         moved_positions=ids_BS.shape[0] > 1 and bool(position_ids_BS[starts_BS].any()),
     )
     if ids_BS.shape[0] == 1:  # already one row: ids, labels and positions stay bit for bit
@@ -158,11 +160,12 @@ def _pack_rows(ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor, colum
 def _row(
     ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, metadata: PackedMetadata, columns_T: dict[str, Tensor]
 ) -> PackedBatch:
+    metadata = metadata.to(ids_T.device)  # a collator may put its batch on a GPU
     return PackedBatch(
         {
             "input_ids": ids_T[None],
             "labels": labels_T[None],
-            "position_ids": position_ids_T[None],
+            "position_ids": position_ids_T.to(ids_T.device)[None],
             "cu_seq_lens_q": metadata.cu_seqlens,
             "cu_seq_lens_k": metadata.cu_seqlens,
             "max_length_q": metadata.max_seqlen,
