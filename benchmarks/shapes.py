@@ -90,12 +90,12 @@ def vocab_size(shape: str) -> int:
     return int(AutoConfig.for_model(**values).vocab_size)
 
 
-def build_model(settings: Settings) -> torch.nn.Module:
+def build_model(settings: Settings, **overrides: Any) -> torch.nn.Module:
     """The shape's stock model, on the device, in training mode, with LoRA adapters if asked for.
 
-    Attention is sdpa, or eager where the model has sinks, which sdpa lacks.
+    Attention is sdpa, or eager where the model has sinks, which sdpa lacks. ``overrides`` are values of its config.
     """
-    values = dict(SHAPES[settings.shape])
+    values = SHAPES[settings.shape] | overrides
     if settings.layers is not None:
         values["num_hidden_layers"] = settings.layers
     config = AutoConfig.for_model(**values)
