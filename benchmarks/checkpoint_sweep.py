@@ -41,8 +41,9 @@ _LONGEST = 4096  # tokens of a document
 def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     options = parse(arguments)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products; read when CUDA starts
     device = Settings(device=options.device).torch_device()
+    if device.type == "cuda":  # for deterministic products; read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if options.cap is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(options.cap * 1e9 / total)
@@ -85,7 +86,7 @@ def measure(
     _settle()
     try:
         outcome: dict[str, Any] = {"status": "ok", **compare(model, batch, truth)}
-        marks = [time_step(model, batch, options.device_type) for _ in range(2 + options.steps)][2:]
+        marks = [time_step(model, batch) for _ in range(2 + options.steps)][2:]
         outcome["step_ms"] = [round(sum(mark), 3) for mark in marks]
         outcome["forward_ms"] = [round(mark[0], 3) for mark in marks]
         outcome["median_ms"] = statistics.median(outcome["step_ms"])
@@ -125,10 +126,10 @@ def gradients(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def time_step(model: nn.Module, batch: dict[str, Any], device_type: str) -> tuple[float, float]:
+def time_step(model: nn.Module, batch: dict[str, Any]) -> tuple[float, float]:
     """Milliseconds of forward and of backward, in the device's time."""
     _forget(model)
-    if device_type != "cuda":
+    if not batch["input_ids"].is_cuda:
         clock = [time.perf_counter()]
         loss = model(**batch).loss
         clock.append(time.perf_counter())
@@ -146,7 +147,7 @@ def time_step(model: nn.Module, batch: dict[str, Any], device_type: str) -> tupl
 
 def memory(model: nn.Module, batch: dict[str, Any]) -> dict[str, int]:
     """Bytes on the GPU at the worst moment of a step, between its forward and backward, and what torch reserves."""
-    if not torch.cuda.is_available():
+    if not batch["input_ids"].is_cuda:
         return {}
     _forget(model)
     torch.cuda.synchronize()
@@ -229,9 +230,7 @@ def parse(arguments: list[str] | None) -> Any:
     add("--budget", type=float, default=220.0, help="seconds after which no further plan is begun (220)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("checkpoint_sweep.json"))
-    options = parser.parse_args(arguments)
-    options.device_type = torch.device(options.device).type
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

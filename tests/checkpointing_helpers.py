@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from fastft_plugins.kernels import transfer as transfer_module
 
 Checkpoint = Callable[..., Any]
 WIDTH = 8
+DEVICE = torch.device("cpu")  # tests on a GPU set another one
 
 
 class Layer(nn.Module):
@@ -26,6 +27,7 @@ class Layer(nn.Module):
         torch.manual_seed(seed)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(0.25)
+        self.to(DEVICE)
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         out: Tensor = x + scale * self.dropout(self.down(torch.tanh(self.up(x * x))))
@@ -46,7 +48,7 @@ class Stack(nn.Module):
 
 
 def make_input(seed: int, rows: int = 5, width: int = WIDTH) -> Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).to(DEVICE).requires_grad_()
 
 
 def stock(function: Any, *args: Any, use_reentrant: bool | None = False, **kwargs: Any) -> Any:
@@ -195,7 +197,7 @@ def failing_layer(checkpoint_fn: Checkpoint) -> list[Tensor | None]:
 
 def autocast(checkpoint_fn: Checkpoint) -> list[Tensor | None]:
     model, x = Stack(), make_input(0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         out = model(x, checkpoint_fn)
     out.float().sum().backward()
     return gradients(model, x)
@@ -230,9 +232,3 @@ SCHEDULES: list[Callable[[Checkpoint], list[Tensor | None]]] = [
     plain, several_steps, accumulated_forwards, overtaking, layer_by_layer, nested, retained, evaluated_between,
     dropped_graph, failing_layer, autocast, without_input_gradient, second_order, transposed,
 ]  # fmt: skip
-
-
-def run_all(schedules: list[Callable[[Checkpoint], list[Tensor | None]]], checkpoint_fn: Checkpoint) -> Iterator[Any]:
-    for schedule in schedules:
-        torch.manual_seed(1)
-        yield schedule(checkpoint_fn)

@@ -98,6 +98,10 @@ class OffloadCheckpoint:
         """Why an input stays on the device, in words for a report."""
         if type(source) is not Tensor or source.layout != torch.strided or not source.is_floating_point():
             return "the first input is no plain tensor of floating-point numbers"
+        if source.is_inference():
+            return "the first input was made in inference mode"
+        if source.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is being captured"
         if source.device not in self._lanes:
             reason = transfer.why_no_transfer(source.device)
             if reason is not None:
@@ -117,7 +121,7 @@ class OffloadCheckpoint:
 
 
 def _may_offload() -> bool:
-    """Not where nothing is saved, where a compiler or a graph is recording, or under somebody's saved-tensor hooks.
+    """Not where nothing is saved, while a compiler traces, or under somebody's saved-tensor hooks.
 
     Those hooks may be another checkpoint's, which makes this one's input again, or offload what is saved by themselves.
     """
@@ -125,5 +129,4 @@ def _may_offload() -> bool:
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
