@@ -151,7 +151,7 @@ def test_the_inputs_are_gone_after_the_forward_and_two_come_back_at_a_time():
         torch.cuda.reset_peak_memory_stats()
         loss.backward()
         peak = torch.cuda.max_memory_allocated() - before
-        model.zero_grad()
+        model.zero_grad(set_to_none=False)  # gradients that come as inputs go would hide it
         return after, peak
 
     ours = OffloadCheckpoint()
