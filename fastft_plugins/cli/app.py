@@ -36,6 +36,26 @@ def _program(
     """Faster fine-tuning inside the trainer you already use."""
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    command: Annotated[
+        list[str],
+        typer.Argument(help="A script and its arguments, -m and a module, or a launcher: torchrun, accelerate, ..."),
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Option("--config", metavar="FIELD=VALUE", help="A setting; may be repeated.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the last report as JSON.")] = None,
+) -> None:
+    """Run a training script that knows nothing of fastft, with fastft on in every Trainer that it makes.
+
+    Transformers, TRL and Lightning, all processes included. The report is printed when training has ended.
+    """
+    from fastft_plugins.cli.launch import launch
+
+    launch(command, settings or (), report)
+
+
 @app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, hardware, settings and plugins, ready to paste into an issue."""
