@@ -132,12 +132,14 @@ def test_nothing_happens_without_the_variable():
 
 def test_a_python_without_fastft_says_so(tmp_path):
     """Without ``site``, Python finds nothing that is installed; the user's own module still gets its turn."""
-    (tmp_path / "sitecustomize.py").write_text("print('of the user')")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(AUTOSTART), str(tmp_path)]), "FASTFT_AUTO": "1"}
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("print('of the user')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(AUTOSTART), str(site)]), "FASTFT_AUTO": "1"}
     command = [sys.executable, "-S", "-c", "import sitecustomize; print(sitecustomize.__file__)"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert "does not have fastft_plugins" in done.stderr and "stock" in done.stderr
-    assert done.stdout.split("\n")[:2] == ["of the user", str(tmp_path / "sitecustomize.py")]
+    assert done.stdout.splitlines() == ["of the user", str(site / "sitecustomize.py")]
 
 
 def test_signals_reach_the_program(tmp_path):
