@@ -42,7 +42,7 @@ def test_help_imports_no_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("env", "plugins", "report", "demo"))
+    assert all(command in done.stdout for command in ("run", "doctor", "env", "plugins", "report", "demo"))
 
 
 def test_python_m_is_the_same_program() -> None:

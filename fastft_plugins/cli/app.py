@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,37 @@ def run(
     from fastft_plugins.cli.launch import launch
 
     launch(command, settings or (), report)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL]", help="A local model folder, or its config.json.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A well-known model in its place, such as qwen3-14b.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show for a model, without loading its weights, what would be on here, why, and what it can win.
+
+    Exit code: 0 if all was decided and the dry run passed; 1 if the model or the options are wrong; 3 if the dry run
+    failed.
+    """
+    from shutil import get_terminal_size
+
+    from fastft_plugins.cli.doctor import examine, read_config
+    from fastft_plugins.cli.doctor_text import as_text
+    from fastft_plugins.errors import FastFTConfigError
+
+    try:
+        found = examine(*read_config(model, shape))
+    except FastFTConfigError as error:
+        print(f"fastft: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    print(json.dumps(found, indent=2) if as_json else as_text(found, min(get_terminal_size().columns, 100)))
+    if found["dry_run"].startswith("failed"):
+        raise typer.Exit(3)
 
 
 @app.command()

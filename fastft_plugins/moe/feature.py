@@ -40,6 +40,9 @@ class MoEFeature:
         parameter = next(run.model.parameters(), None)
         if parameter is None:
             raise NothingToWin("the model has no parameters")
-        reason = triton_rejects(TensorCall(parameter.device, torch.bfloat16))
+        device = parameter.device
+        if device.type == "meta":  # not on its device yet, which will be this machine's
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        reason = triton_rejects(TensorCall(device, torch.bfloat16))
         if reason is not None:
             raise NothingToWin(f"nothing to win here, it {reason}; moe='on' switches it on all the same")

@@ -39,8 +39,9 @@ def packed_attention(
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
-    if torch.is_autocast_enabled(q_THD.device.type):  # as SDPA does
-        dtype = torch.get_autocast_dtype(q_THD.device.type)
+    device_type = q_THD.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # as SDPA does
+        dtype = torch.get_autocast_dtype(device_type)
         q_THD, k_TGD, v_TGD = q_THD.to(dtype), k_TGD.to(dtype), v_TGD.to(dtype)
     _check(q_THD, k_TGD, v_TGD, metadata, window, softcap, sinks)
     if window is not None and window >= metadata.max_seqlen:
