@@ -111,12 +111,18 @@ def plugins() -> None:
 
 @app.command()
 def report(file: Annotated[Path, typer.Argument(help="A saved report, or the report.json of a demo.")]) -> None:
-    """Show a saved report again."""
+    """Show a saved report as a table, and save a plot of it beside it: report.png for report.json."""
     from rich.console import Console
 
+    from fastft_plugins.cli.plots import save_beside
     from fastft_plugins.cli.saved import show_saved
+    from fastft_plugins.errors import FastFTError
 
-    show_saved(file, Console())
+    draw = show_saved(file, Console())
+    try:
+        print(f"saved {save_beside(file, draw)}", file=sys.stderr)
+    except FastFTError as error:  # the table has been shown
+        print(f"fastft: {error}", file=sys.stderr)
 
 
 @app.command()
