@@ -163,6 +163,7 @@ def test_what_is_started(tmp_path, monkeypatch):
         (["none.py"], (), "none.py: no such script"),
         (["no-such-program"], (), "neither a Python script"),
         (["-m"], (), "names no module"),
+        (["--confg", "x"], (), "--confg: is no option of fastft run"),
         (["sh"], ("packing",), "--config packing: is not FIELD=VALUE"),
         (["sh"], ("packing=onn",), "--config: packing='onn' is not allowed; allowed: 'auto', 'on', 'off'"),
         (["sh"], ("pakking=on",), "unknown field 'pakking'"),

@@ -73,6 +73,14 @@ def test_a_folder_and_its_config(doctor: Any, tmp_path: Any) -> None:
     assert found["features"]["moe"]["expected_gain"].startswith("none")
 
 
+def test_quantisation_is_left_out_and_said(doctor: Any, tmp_path: Any) -> None:
+    config = tiny_model().config
+    config.quantization_config = {"quant_method": "mxfp4"}
+    config.save_pretrained(tmp_path)
+    code, text, _ = doctor(tmp_path)
+    assert code == 0 and "as if the weights were not quantised" in " ".join(text.split())
+
+
 def test_a_model_that_is_no_language_model(doctor: Any, tmp_path: Any) -> None:
     transformers.ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1).save_pretrained(tmp_path)
     code, text, _ = doctor(tmp_path)
@@ -86,6 +94,7 @@ def test_a_model_that_is_no_language_model(doctor: Any, tmp_path: Any) -> None:
         ("{", "cannot read this config"),
         ('{"model_type": "nope"}', "does not recognize this architecture"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "transformers cannot"),
+        ('{"model_type": "foo", "auto_map": {"AutoConfig": "own.Config"}}', "without code of its own"),
     ],
 )
 def test_a_config_that_cannot_be_used(doctor: Any, tmp_path: Any, content: str, problem: str) -> None:

@@ -83,6 +83,7 @@ def examine(source: str, config: Any) -> dict[str, Any]:
             for name, (enabled, reason) in entries.items()
         },
         "dry_run": dry_run,
+        "notes": _notes(config),
     }
 
 
@@ -106,9 +107,20 @@ def read_config(path: Path | None, shape: str | None) -> tuple[str, Any]:
         found = f"no {file.name} here" if path.is_dir() else "no such folder or file"
         raise FastFTConfigError(f"{path}: {found}. Remedy: a local model folder, its config.json, or --shape NAME")
     try:
-        return str(path), AutoConfig.from_pretrained(file, local_files_only=True)
+        return str(path), AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds, from the JSON parser to each config's own checks
-        raise FastFTConfigError(f"{file}: transformers cannot read this config ({_first_line(error)})") from error
+        raise FastFTConfigError(
+            f"{file}: transformers cannot read this config ({_first_line(error)}). Remedy: a config of a model type "
+            "that the installed transformers knows, without code of its own"
+        ) from error
+
+
+def _notes(config: Any) -> list[str]:
+    """What a real run could decide in another way."""
+    notes = ["the loss, the collator and the adapters of your Trainer are not known here; a run looks at them too"]
+    if getattr(config, "quantization_config", None) is not None:
+        notes.append("quantization_config is left out: decided as if the weights were not quantised")
+    return notes
 
 
 def _machine() -> torch.device:
@@ -122,7 +134,7 @@ def _build(source: str, config: Any, dtype: torch.dtype) -> Any:
     maker = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
     try:
         with torch.device("meta"):
-            return maker.from_config(config, dtype=dtype).train()
+            return maker.from_config(config, dtype=dtype, trust_remote_code=False).train()
     except Exception as error:
         raise FastFTConfigError(f"{source}: transformers cannot make this model ({_first_line(error)})") from error
 

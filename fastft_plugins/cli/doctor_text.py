@@ -20,7 +20,10 @@ def as_text(found: dict[str, Any], width: int) -> str:
             lines += _item("kernel", kernel, width)
         if feature["enabled"]:
             lines += _item("gain", feature["expected_gain"], width)
-    return "\n".join([*lines, *_item("dry run", found["dry_run"], width, indent="")])
+    lines += _item("dry run", found["dry_run"], width, indent="")
+    for note in found["notes"]:
+        lines += _item("note", note, width, indent="")
+    return "\n".join(lines)
 
 
 def _item(label: str, text: str, width: int, indent: str = "  ") -> list[str]:

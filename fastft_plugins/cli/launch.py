@@ -39,6 +39,8 @@ def resolve(command: Sequence[str]) -> list[str]:
         if len(command) == 1:
             raise FastFTConfigError("-m: names no module; allowed: fastft run -m MODULE [ARGUMENT]...")
         return [sys.executable, *command]
+    if first.startswith("-"):
+        raise FastFTConfigError(f"{first}: is no option of fastft run; allowed: --config, --report, -m")
     if first.endswith((".py", ".pyz")) or os.path.isdir(first):  # as Python itself runs them
         if not os.path.exists(first):
             raise FastFTConfigError(f"{first}: no such script in {os.getcwd()}")
