@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from hf_helpers import losses, make_trainer, tiny_model
 from lightning_helpers import Module, declare_entry_points, loader
 from lightning_helpers import make_trainer as make_lightning_trainer
 from torch.testing import assert_close
 
-from fastft_plugins import FastFTConfigError, auto
+import fastft_hf.auto
+from fastft_lightning import FastFTLightningCallback
+from fastft_plugins import FastFTConfigError, FastFTPlugin, apply, auto
 from fastft_plugins.cli import launch
 from fastft_plugins.report import Report
 
@@ -117,6 +120,59 @@ def test_a_lightning_script(tmp_path):
     assert_close(json.loads(printed(done, "losses")), module.losses, rtol=2e-6, atol=2e-6)
     assert printed(done, "callbacks").split().count("AutoLightningCallback") == 1
     assert "packing        on" in done.stderr
+
+
+@pytest.fixture
+def switched_on(monkeypatch):
+    """transformers' default callbacks as they are under ``fastft run``, which has no config."""
+    monkeypatch.setenv("FASTFT_AUTO", "1")
+    monkeypatch.delenv("FASTFT_CONFIG", raising=False)
+    before = list(transformers.trainer.DEFAULT_CALLBACKS)
+    fastft_hf.auto.switch_on()
+    fastft_hf.auto.switch_on()
+    yield
+    transformers.trainer.DEFAULT_CALLBACKS[:] = before
+
+
+def test_trls_flag_goes_before_it(tmp_path, switched_on):
+    from trl_helpers import sft_trainer, tokens
+
+    for flag, expected in ((True, ["FlagCallback"]), (False, ["FlagCallback", "AutoCallback"])):
+        trainer = sft_trainer(tmp_path, tokens(), fastft=flag, fastft_config={"packing": "off"} if flag else None)
+        names = [type(each).__name__ for each in trainer.callback_handler.callbacks]
+        assert [name for name in names if name in ("FlagCallback", "AutoCallback")] == expected
+        assert names[-1] == expected[-1]
+        trainer.train()
+        assert trainer.callback_handler.callbacks[-1].report.features["packing"].enabled is not flag
+
+
+def test_it_stays_out_of_a_block(tmp_path, switched_on, capsys):
+    trainer = make_trainer(tmp_path, tiny_model())
+    with apply(trainer, {"packing": "off"}) as run:
+        trainer.train()
+    assert trainer.callback_handler.callbacks[-1].report is run.report
+    assert not run.report.features["packing"].enabled
+
+
+def test_a_wrong_config_stops_the_first_trainer(tmp_path, switched_on, monkeypatch):
+    monkeypatch.setenv("FASTFT_CONFIG", '{"packing": "onn"}')
+    with pytest.raises(FastFTConfigError, match="FASTFT_CONFIG: packing='onn'"):
+        make_trainer(tmp_path, tiny_model())
+
+
+def test_lightnings_plugin_goes_before_it(tmp_path, switched_on, monkeypatch):
+    (tmp_path / "site").mkdir()
+    declare_entry_points(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    plugin, own = FastFTPlugin(), FastFTLightningCallback()
+    for options, expected in (
+        ({}, "AutoLightningCallback"),
+        ({"plugins": [plugin]}, "FastFTLightningCallback"),
+        ({"callbacks": [own]}, "FastFTLightningCallback"),
+    ):
+        trainer = make_lightning_trainer(tmp_path, **options)
+        names = [type(each).__name__ for each in trainer.callbacks if isinstance(each, FastFTLightningCallback)]
+        assert names == [expected]
 
 
 def test_nothing_happens_without_the_variable():

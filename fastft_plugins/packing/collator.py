@@ -162,8 +162,8 @@ def _join_filling(ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, start
 
     TRL's ``pad_to_multiple_of`` gives each of them the position 0, so that stock takes it for a document of its own,
     and attention would go over them one by one. No loss is read from them. As one document they stay what they were,
-    too, which a router's auxiliary loss sees: equal tokens have equal values, whose mean does not depend on how many
-    there are or how far apart.
+    too, which a router's auxiliary loss sees: equal tokens have equal values, and without attention sinks their mean
+    does not depend on how many there are or how far apart.
     """
     is_filling_T = starts_T & (labels_T == IGNORE_INDEX) & (ids_T == ids_T[-1])
     count = int(is_filling_T.flip(0).int().cumprod(0).sum())
