@@ -88,7 +88,10 @@ class _Watch(importlib.abc.MetaPathFinder):
         if fullname not in _SWITCHES:
             return None
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            find_spec = getattr(finder, "find_spec", None)  # Python, too, passes over a finder that has none
+            if finder is self or find_spec is None:
+                continue
+            spec: importlib.machinery.ModuleSpec | None = find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:
                 spec.loader = _Loader(spec.loader, _SWITCHES[fullname])
                 return spec

@@ -13,7 +13,8 @@ from hf_helpers import tiny_model
 
 from fastft_plugins import apply
 from fastft_plugins.cli import main
-from fastft_plugins.cli.doctor import examine, read_config
+from fastft_plugins.cli.doctor import examine
+from fastft_plugins.cli.meta_model import read_config
 from fastft_plugins.manager import PluginManager
 from fastft_plugins.shapes import SHAPES
 

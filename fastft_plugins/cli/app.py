@@ -74,8 +74,9 @@ def doctor(
     """
     from shutil import get_terminal_size
 
-    from fastft_plugins.cli.doctor import examine, read_config
+    from fastft_plugins.cli.doctor import examine
     from fastft_plugins.cli.doctor_text import as_text
+    from fastft_plugins.cli.meta_model import read_config
     from fastft_plugins.errors import FastFTConfigError
 
     try:

@@ -11,21 +11,19 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastft_plugins import apply
-from fastft_plugins.errors import FastFTConfigError
+from fastft_plugins.cli.meta_model import build_on_meta, first_line
 from fastft_plugins.hookspecs import hookimpl
 from fastft_plugins.kernels.attention import AttentionCall
 from fastft_plugins.kernels.dispatch import Kernel, choose
 from fastft_plugins.kernels.grouped_matmul import MatmulCall
 from fastft_plugins.manager import get_plugin_manager
 from fastft_plugins.run import Run
-from fastft_plugins.shapes import SHAPES
 
 _LENGTHS = (6, 3, 1)  # of the documents in the dry run's batch
 
@@ -57,7 +55,7 @@ def examine(source: str, config: Any) -> dict[str, Any]:
         FastFTConfigError: transformers cannot make a model of that config.
     """
     device = _machine()
-    model = _build(source, config, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = build_on_meta(source, config, torch.bfloat16 if device.type == "cuda" else torch.float32)
     with _quiet(), apply(model) as run:
         entries = {name: (entry.enabled, entry.reason) for name, entry in run.report.features.items()}
         dry_run = "not needed: packing is off, so the forward is stock's"
@@ -87,34 +85,6 @@ def examine(source: str, config: Any) -> dict[str, Any]:
     }
 
 
-def read_config(path: Path | None, shape: str | None) -> tuple[str, Any]:
-    """The config of a model folder, of a config.json, or of a known shape; with the name to show for it.
-
-    Raises:
-        FastFTConfigError: names what was given, and what is allowed.
-    """
-    from transformers import AutoConfig
-
-    if (path is None) == (shape is None):
-        raise FastFTConfigError("needs either a model folder or config.json, or --shape NAME")
-    if shape is not None:
-        if shape not in SHAPES:
-            raise FastFTConfigError(f"--shape {shape}: is not known; allowed: {', '.join(SHAPES)}")
-        return shape, AutoConfig.for_model(**SHAPES[shape])
-    assert path is not None
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        found = f"no {file.name} here" if path.is_dir() else "no such folder or file"
-        raise FastFTConfigError(f"{path}: {found}. Remedy: a local model folder, its config.json, or --shape NAME")
-    try:
-        return str(path), AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of many kinds, from the JSON parser to each config's own checks
-        raise FastFTConfigError(
-            f"{file}: transformers cannot read this config ({_first_line(error)}). Remedy: a config of a model type "
-            "that the installed transformers knows, without code of its own"
-        ) from error
-
-
 def _notes(config: Any) -> list[str]:
     """What a real run could decide in another way."""
     notes = ["the loss, the collator and the adapters of your Trainer are not known here; a run looks at them too"]
@@ -125,18 +95,6 @@ def _notes(config: Any) -> list[str]:
 
 def _machine() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _build(source: str, config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModel, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    maker = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-    try:
-        with torch.device("meta"):
-            return maker.from_config(config, dtype=dtype, trust_remote_code=False).train()
-    except Exception as error:
-        raise FastFTConfigError(f"{source}: transformers cannot make this model ({_first_line(error)})") from error
 
 
 def _dry_run(run: Run, device: torch.device) -> tuple[str, list[str]]:
@@ -150,7 +108,7 @@ def _dry_run(run: Run, device: torch.device) -> tuple[str, list[str]]:
         batch = run.collator(_padded)(_LENGTHS).to("meta")
         run.model(**batch)
     except Exception as error:
-        return f"failed: {type(error).__name__}: {_first_line(error)}", []
+        return f"failed: {type(error).__name__}: {first_line(error)}", []
     finally:
         manager.unregister(name)
     shape = "x".join(map(str, batch["input_ids"].shape))
@@ -217,7 +175,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
