@@ -34,15 +34,25 @@ def features_of(documents: Iterable[Document]) -> list[dict[str, list[int]]]:
 
 
 def measure_trainer(
-    settings: Settings, collator: Callable[..., Batch], callbacks: Sequence[TrainerCallback] = ()
+    settings: Settings,
+    collator: Callable[..., Batch],
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    attention: str | None = None,
+    liger: bool = False,
 ) -> dict[str, Any]:
-    """Train with the stock Trainer. A callback that has a report, as FastFTCallback does, gets it into the result."""
+    """Train with the stock Trainer. A callback that has a report, as FastFTCallback does, gets it into the result.
+
+    Args:
+        attention: an implementation of transformers'; by default the shape's.
+        liger: the Trainer's ``use_liger_kernel``.
+    """
     steps = steps_of(settings)
     recorder = Recorder(settings)
     with tempfile.TemporaryDirectory() as directory:
         trainer = Trainer(
-            model=build_model(settings),
-            args=_training_arguments(settings, directory, len(steps[0])),
+            model=build_model(settings, attention),
+            args=_training_arguments(settings, directory, len(steps[0]), liger),
             train_dataset=features_of(document for step in steps for document in step),
             data_collator=collator,
             callbacks=[_Clock(recorder), *callbacks],
@@ -100,7 +110,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]  # untyped b
         return control
 
 
-def _training_arguments(settings: Settings, directory: str, documents: int) -> TrainingArguments:
+def _training_arguments(settings: Settings, directory: str, documents: int, liger: bool) -> TrainingArguments:
     options: dict[str, Any] = {
         "output_dir": directory,
         "max_steps": settings.total_steps,
@@ -110,6 +120,8 @@ def _training_arguments(settings: Settings, directory: str, documents: int) -> T
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "bf16": settings.dtype == "bf16",
+        "fp16": settings.dtype == "fp16",
+        "use_liger_kernel": liger,
         "use_cpu": settings.torch_device().type == "cpu",
         checkpointing_argument(): settings.checkpointing,
         "logging_steps": 1,  # the loss of every step
@@ -122,12 +134,13 @@ def _training_arguments(settings: Settings, directory: str, documents: int) -> T
 
 
 def _time_parts(trainer: Trainer, recorder: Recorder) -> None:
-    # Modules inside the model are left alone: only the model that Trainer itself calls is timed.
+    # Modules inside the model are left alone: only the model that Trainer itself calls is timed. No hook after forward,
+    # which could change the loss, so that fastft would decline: the forward lasts until the backward begins.
     trainer.model.register_forward_pre_hook(lambda module, args: recorder.begin_part("forward"))
-    trainer.model.register_forward_hook(lambda module, args, output: recorder.end_part("forward"))
     backward = trainer.accelerator.backward
 
     def timed_backward(*args: Any, **kwargs: Any) -> None:
+        recorder.end_part("forward")
         with recorder.part("backward"):
             backward(*args, **kwargs)
 

@@ -141,7 +141,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     add("--accumulate", type=int, metavar="N", help="split a step into N batches (1)")
     add("--trainable", choices=["lora", "full"], help=f"LoRA r=16 on all linears, or all weights ({default.trainable})")
     add("--checkpointing", choices=["on", "off"], help="activation checkpointing (on)")
-    add("--dtype", choices=["bf16", "fp32"], help=f"of the weights ({default.dtype})")
+    add("--dtype", choices=["bf16", "fp16", "fp32"], help=f"of the weights ({default.dtype})")
     add("--device", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
     add("--seed", type=int, metavar="N", help="of documents and weights (0)")
     add("--budget", type=float, metavar="SECONDS", help=f"of a process, then it stops ({default.budget:.0f})")

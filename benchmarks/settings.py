@@ -35,7 +35,7 @@ class Settings:
         return torch.device(self.device)
 
     def torch_dtype(self) -> torch.dtype:
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.dtype]
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.dtype]
 
 
 # Runs in seconds on a CPU: proves that the harness works, measures nothing worth reporting.

@@ -16,17 +16,17 @@ def vocab_size(shape: str) -> int:
     return int(AutoConfig.for_model(**values).vocab_size)
 
 
-def build_model(settings: Settings) -> torch.nn.Module:
+def build_model(settings: Settings, attention: str | None = None) -> torch.nn.Module:
     """The shape's stock model, on the device, in training mode, with LoRA adapters if asked for.
 
-    Attention is sdpa, or eager where the model has sinks, which sdpa lacks.
+    Attention is sdpa, or eager where the model has sinks, which sdpa lacks, unless a name is given.
     """
     values = dict(SHAPES[settings.shape])
     if settings.layers is not None:
         values["num_hidden_layers"] = settings.layers
     config = AutoConfig.for_model(**values)
     config.use_cache = False
-    attention = "eager" if config.model_type == "gpt_oss" else "sdpa"
+    attention = attention or ("eager" if config.model_type == "gpt_oss" else "sdpa")
     torch.manual_seed(settings.seed)
     # On the device at once: drawing billions of numbers on the host would take minutes.
     with settings.torch_device():
@@ -34,7 +34,7 @@ def build_model(settings: Settings) -> torch.nn.Module:
             config, dtype=settings.torch_dtype(), attn_implementation=attention
         )
         if settings.trainable == "lora":
-            model = _with_lora(model)
+            model = _with_lora(model, fp32=settings.dtype == "fp16")
     return model.train()
 
 
@@ -53,10 +53,11 @@ def checkpointing_argument() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
-def _with_lora(model: torch.nn.Module) -> torch.nn.Module:
+def _with_lora(model: torch.nn.Module, fp32: bool) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    # Adapters in the model's dtype: in fp32 they would make every stack cast its activations twice a layer.
-    adapted: torch.nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
+    # Adapters in the model's dtype: in fp32, which the loss scaling of fp16 needs, they make every stack cast its
+    # activations twice a layer.
+    adapted: torch.nn.Module = get_peft_model(model, config, autocast_adapter_dtype=fp32)
     return adapted

@@ -46,6 +46,26 @@ def _stock_packed(settings: Settings) -> dict[str, Any]:
     return measure_trainer(settings, DataCollatorWithFlattening())
 
 
+@stack("stock-packed-flex")
+def _stock_packed_flex(settings: Settings) -> dict[str, Any]:
+    """the packed Trainer with flex_attention, compiled by transformers"""
+    return measure_trainer(settings, DataCollatorWithFlattening(), attention="flex_attention")
+
+
+@stack("stock-packed-flex-liger")
+def _stock_packed_flex_liger(settings: Settings) -> dict[str, Any]:
+    """the packed Trainer with flex_attention and use_liger_kernel=True"""
+    return measure_trainer(settings, DataCollatorWithFlattening(), attention="flex_attention", liger=True)
+
+
+@stack("fastft-packed-liger")
+def _fastft_packed_liger(settings: Settings) -> dict[str, Any]:
+    """the packed Trainer with callbacks=[FastFTCallback()] and use_liger_kernel=True"""
+    from fastft_plugins import FastFTCallback
+
+    return measure_trainer(settings, DataCollatorWithFlattening(), [FastFTCallback()], liger=True)
+
+
 @stack("fastft-packed")
 def _fastft_packed(settings: Settings) -> dict[str, Any]:
     """the same packed Trainer with callbacks=[FastFTCallback()]"""

@@ -16,7 +16,7 @@ from typing import Any
 logger = logging.getLogger("fastft")
 
 _MISSING = object()
-_lock = threading.Lock()
+_lock = threading.RLock()  # an abandoned run may be collected, and undo its share, inside another's install
 _shared_counts: dict[Hashable, int] = {}
 
 

@@ -15,7 +15,6 @@ from fastft_plugins.config import FEATURES, FastFTConfig
 from fastft_plugins.errors import Declined, FastFTConfigError, FastFTError, NothingToWin
 from fastft_plugins.ledger import Ledger
 from fastft_plugins.manager import get_plugin_manager
-from fastft_plugins.packing.guard import refuse_packed_batches
 from fastft_plugins.report import FeatureReport, Report
 
 logger = logging.getLogger("fastft")
@@ -47,6 +46,8 @@ class Feature(Protocol):
 
     def stop(self, run: Run) -> None:
         """Training has ended or failed: add the last figures to the report. The ledger undoes the changes."""
+
+    # A feature may also have ``stay_off(run)``, called in its place where it does not start: switched off or declined.
 
 
 class Run:
@@ -80,6 +81,13 @@ class Run:
         mine = self.target.trainer
         return not self.is_orphan and (mine is None or trainer is None or trainer is mine)
 
+    def join(self, config: FastFTConfig) -> None:
+        """Training inside this run is part of it; a config of its own is not obeyed, which must not go unnoticed."""
+        if config not in (self.config, FastFTConfig()):
+            note = f"a run is active already, so this config is not obeyed: {config}"
+            self.report.notes.append(note)
+            logger.warning("fastft: %s", note)
+
     def collator(self, inner: Any) -> Any:
         """The collator for the loader of your own loop: ``inner``, made padding-free if this run packs its batches.
 
@@ -93,7 +101,7 @@ class Run:
         """Ask every feature; whatever one of them raises, nothing stays behind."""
         if self.active:
             return self
-        if id(self.model) in _active:
+        if active_run(self.model) is not None:
             raise FastFTError(f"a fastft run is already active on this {type(self.model).__name__}; stop it first")
         _active[id(self.model)] = self
         self.report.state = "running"
@@ -161,8 +169,9 @@ class Run:
                 offered.update({feature.name: feature for feature in result})
         for name in dict.fromkeys((*FEATURES, *offered)):
             self._start_feature(name, offered.get(name))
-        if not self.report.features["packing"].enabled:
-            refuse_packed_batches(self)
+        for name, feature in offered.items():
+            if not self.report.features[name].enabled and hasattr(feature, "stay_off"):
+                feature.stay_off(self)
 
     def _start_feature(self, name: str, feature: Feature | None) -> None:
         entry, mode = self.report.features.setdefault(name, FeatureReport(name)), self._mode(name)
@@ -207,8 +216,15 @@ class Run:
 
 
 def active_run(model: nn.Module) -> Run | None:
-    """The run that is active on ``model``, if any."""
-    return _active.get(id(model))
+    """The run that is active on ``model``, on a part of it, or on a module around it, if any."""
+    exact = _active.get(id(model))
+    if exact is not None:
+        return exact
+    parts = set(model.modules())
+    for run in list(_active.values()):
+        if run.model in parts or model in set(run.model.modules()):
+            return run
+    return None
 
 
 def joinable_run(model: nn.Module, trainer: Any) -> Run | None:
@@ -261,7 +277,11 @@ class apply:
 
     def __enter__(self) -> Run:
         outer = joinable_run(self._run.model, self._run.target.trainer)
-        run = self._run.start() if outer is None else outer
+        if outer is None:
+            run = self._run.start()
+        else:
+            run = outer
+            run.join(self._run.config)
         self._joined.append(outer is not None)
         return run
 

@@ -63,6 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _qwen3(1024, 3072, 28, heads=16, tied=True),
     "qwen3-4b": _qwen3(2560, 9728, 36, heads=32, tied=True),
     "qwen3-14b": _qwen3(5120, 17408, 40, heads=40, tied=False),
+    "qwen3-32b": _qwen3(5120, 25600, 64, heads=64, tied=False),
     "qwen3-30b-a3b": {
         **_qwen3(2048, 6144, 48, heads=32, tied=False),
         "model_type": "qwen3_moe",
@@ -71,6 +72,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
+    },
+    "gemma3-4b": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262208,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 1024,
     },
     # The defaults of gpt_oss's config are those of gpt-oss-120b.
     "gpt-oss-20b": {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32},

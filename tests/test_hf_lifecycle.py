@@ -48,6 +48,10 @@ class FailAt(TrainerCallback):
             raise self.error
 
 
+class Nothing(TrainerCallback):
+    """Takes the place of ours in the stock run."""
+
+
 def assert_nothing_is_left(trainer, stock):
     assert state_of(trainer) == state_of(stock)
     assert len(shared_configs(trainer.model)) == len(shared_configs(stock.model))
@@ -77,6 +81,57 @@ def test_a_failed_run_leaves_nothing(tmp_path, event, error):
             trainer.train()
     assert_nothing_is_left(ours, stock)
     assert callback.report.state == f"stopped by {type(error).__name__}"
+
+
+@pytest.mark.parametrize("where", ["evaluation before the first step", "the end of training"])
+def test_an_error_outside_the_epochs_leaves_nothing(tmp_path, where):
+    first = where.startswith("evaluation")
+    options = {"eval_on_start": True, "trainer_options": {"eval_dataset": documents(4)}} if first else {}
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("boom")
+
+    callback = FastFTCallback()
+    trainers = [make_trainer(tmp_path, tiny_model(), callbacks=[each], **options) for each in (Nothing(), callback)]
+    for trainer in trainers:
+        if first:
+            trainer.evaluation_loop = fail
+        else:
+            trainer._memory_tracker.stop_and_update_metrics = fail
+        with pytest.raises(RuntimeError, match="boom"):
+            trainer.train()
+    assert_nothing_is_left(trainers[1], trainers[0])
+    assert callback.report.state == "stopped by RuntimeError"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_that_the_users_code_catches_ends_nothing(tmp_path, workers):
+    class TriesToEvaluate(TrainerCallback):
+        def __init__(self):
+            self.caught = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            try:
+                self.trainer.evaluate(documents(2))
+            except ZeroDivisionError:
+                self.caught += 1
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            raise ZeroDivisionError
+
+    callback, options = FastFTCallback({"packing": "on"}), {"dataloader_num_workers": workers}
+    if workers:
+        options["dataloader_persistent_workers"] = True
+    trainers = []
+    for callbacks in ([], [callback]):
+        tries = TriesToEvaluate()
+        tries.trainer = make_trainer(tmp_path, tiny_model(), callbacks=[tries, *callbacks], max_steps=14, **options)
+        tries.trainer.train()
+        assert tries.caught == 14
+        trainers.append(tries.trainer)
+    torch.testing.assert_close(losses(trainers[1]), losses(trainers[0]), rtol=2e-6, atol=2e-6)
+    assert callback.report.features["packing"].metrics["packed_batches"] == 14
+    assert callback.report.state == "finished"
 
 
 def test_an_error_inside_the_model_leaves_nothing(tmp_path):

@@ -251,3 +251,12 @@ def test_an_interrupt_while_restoring_waits_until_everything_is_restored():
     with pytest.raises(KeyboardInterrupt):
         ledger.close()
     assert undone == ["first"] and len(ledger) == 0
+
+
+def test_an_abandoned_ledger_may_be_collected_while_another_installs(ledger):
+    """A collection can run anywhere, and its finalizer takes the lock that the thread itself holds."""
+    abandoned = Ledger()
+    removed = []
+    abandoned.share("theirs", lambda: None, lambda: removed.append("theirs"))
+    ledger.share("ours", abandoned.close, lambda: None)
+    assert removed == ["theirs"]

@@ -324,6 +324,14 @@ def test_the_watch_sees_what_reads():
     assert watch.reads == ["_local_scalar_dense", "nonzero"]
 
 
+def test_autocast_leaves_double_precision_as_sdpa_does():
+    inputs, metadata = make_inputs(), PackedMetadata.from_lengths(LENGTHS)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = packed_attention(inputs.q_THD, inputs.k_TGD, inputs.v_TGD, metadata)
+        stock = torch.nn.functional.scaled_dot_product_attention(*(inputs.q_THD[None] for _ in range(3)))
+    assert out.dtype == stock.dtype == torch.float64
+
+
 # Errors
 
 
@@ -341,10 +349,18 @@ def test_the_watch_sees_what_reads():
         ({"v_TGD": torch.zeros(20, 4, 8)}, r"\[20, 2, 8\] and \[20, 4, 8\].*for both"),
         ({"k_TGD": torch.zeros(20, 2, 4)}, r"need the width of q_THD \(8\)"),
         ({"metadata": PackedMetadata.from_lengths(LENGTHS).to("meta")}, r"metadata: is on meta.*metadata.to\('cpu'\)"),
-        ({"window": 0}, "window: is 0; needs at least 1, or None"),
-        ({"window": -1}, "window: is -1; needs at least 1, or None"),
-        ({"softcap": 0.0}, "softcap: is 0.0; needs more than 0, or None"),
-        ({"sinks": torch.zeros(2)}, r"sinks: has shape \[2\]; needs \[4\], one per query head"),
+        ({"window": 0}, "window: is 0; needs at least 1, an integer, or None"),
+        ({"window": -1}, "window: is -1; needs at least 1, an integer, or None"),
+        ({"window": 2.0}, "window: is 2.0; needs at least 1, an integer"),
+        ({"window": True}, "window: is True; needs at least 1, an integer"),
+        ({"softcap": 0.0}, "softcap: is 0.0; needs a finite number above 0, or None"),
+        ({"softcap": math.nan}, "softcap: is nan; needs a finite number above 0, or None"),
+        ({"scale": math.nan}, "scale: is nan; needs a finite number"),
+        ({"q_THD": torch.zeros(20, 4, 0), "k_TGD": torch.zeros(20, 2, 0)}, "q_THD: is torch.float32 of width 0"),
+        ({"v_TGD": torch.zeros(20, 2, 0)}, "v_TGD of 0; needs"),
+        ({"sinks": torch.zeros(2)}, r"sinks: is torch.float32 \[2\] on cpu; needs floats \[4\], one per query head"),
+        ({"sinks": torch.zeros(4, dtype=torch.long)}, r"sinks: is torch.int64 \[4\] on cpu; needs floats"),
+        ({"sinks": torch.zeros(4, device="meta")}, r"sinks: is torch.float32 \[4\] on meta; needs floats .* on cpu"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
 )

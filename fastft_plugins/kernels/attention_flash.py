@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Elements that the kernel's backward can address with 32-bit indices; beyond it reads and writes out of bounds.
 _INT32_LIMIT = 2**31
@@ -34,6 +35,9 @@ def flash_attention(
 ) -> Tensor:
     """See `fastft_plugins.packing.packed_attention`. Rows too long for 32-bit indices are split between documents."""
     _, heads, head_dim = q_THD.shape
+    value_dim = v_TGD.shape[2]
+    if value_dim < head_dim:  # zeros are exact, and faster than the memory-efficient kernel, which takes any width
+        v_TGD = pad(v_TGD, (0, head_dim - value_dim))
     if sinks_H is not None:
         sinks_H = sinks_H.float()  # so that the gradients of several launches add up in fp32
     outputs: list[Tensor] = []
@@ -46,7 +50,7 @@ def flash_attention(
             cu, longest = cu_seqlens[first : last + 1] - start, max(lengths[first:last])
         part = (q_THD[rows], k_TGD[rows], v_TGD[rows], cu, longest, scale, window, sinks_H)
         outputs.append(_FlashVarlen.apply(*part))  # type: ignore[no-untyped-call]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[..., :value_dim]
 
 
 def split_documents(lengths: Sequence[int], heads: int, head_dim: int) -> list[tuple[int, int]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastft_plugins.kernels.attention import AttentionCall
+from fastft_plugins.kernels.attention import UNEVEN, AttentionCall
 from fastft_plugins.kernels.dispatch import choose
 from fastft_plugins.packing.metadata import PackedMetadata
 
@@ -39,11 +41,12 @@ def packed_attention(
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
-    device_type = q_THD.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # as SDPA does
-        dtype = torch.get_autocast_dtype(device_type)
+    kind = q_THD.device.type
+    has_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if has_autocast and q_THD.dtype != torch.float64:  # as SDPA does
+        dtype = torch.get_autocast_dtype(kind)
         q_THD, k_TGD, v_TGD = q_THD.to(dtype), k_TGD.to(dtype), v_TGD.to(dtype)
-    _check(q_THD, k_TGD, v_TGD, metadata, window, softcap, sinks)
+    _check(q_THD, k_TGD, v_TGD, metadata, window, softcap, sinks, scale)
     if window is not None and window >= metadata.max_seqlen:
         window = None
     call = AttentionCall(
@@ -56,6 +59,7 @@ def packed_attention(
         window is not None,
         softcap is not None,
         sinks is not None,
+        len(metadata.lengths) * metadata.max_seqlen > UNEVEN * metadata.total_tokens,
     )
     run = choose("attention", call).kernel.run
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
@@ -72,6 +76,7 @@ def _check(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    scale: float | None,
 ) -> None:
     total = metadata.total_tokens
     for name, tensor in (("q_THD", q_THD), ("k_TGD", k_TGD), ("v_TGD", v_TGD)):
@@ -87,9 +92,16 @@ def _check(
         )
     if metadata.cu_seqlens.device != q_THD.device:
         raise ValueError(f"metadata: is on {metadata.cu_seqlens.device}; move it with metadata.to('{q_THD.device}')")
-    if window is not None and window < 1:
-        raise ValueError(f"window: is {window}; needs at least 1, or None for the whole document")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap: is {softcap}; needs more than 0, or None for none")
-    if sinks is not None and sinks.shape != (heads,):
-        raise ValueError(f"sinks: has shape {list(sinks.shape)}; needs [{heads}], one per query head")
+    if q_THD.shape[2] == 0 or v_TGD.shape[2] == 0 or not q_THD.is_floating_point():
+        raise ValueError(f"q_THD: is {q_THD.dtype} of width {q_THD.shape[2]}, v_TGD of {v_TGD.shape[2]}; needs floats")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window: is {window}; needs at least 1, an integer, or None for the whole document")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: is {softcap}; needs a finite number above 0, or None for none")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: is {scale}; needs a finite number, or None for D ** -0.5")
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q_THD.device):
+        raise ValueError(
+            f"sinks: is {sinks.dtype} {list(sinks.shape)} on {sinks.device}; needs floats [{heads}], one per query "
+            f"head, on {q_THD.device}"
+        )

@@ -135,6 +135,8 @@ def _pack_padded(
     )
     labels_T = labels_BS[real_BS]
     labels_T[metadata.cu_seqlens[:-1].long()] = IGNORE_INDEX
+    if metadata.dropped_labels and bool((labels_T == IGNORE_INDEX).all()):
+        raise _Keep("its only labels are first labels behind padding, which stock trains and packing drops")
     columns_T = {name: column_BS[real_BS] for name, column_BS in columns.items()}
     return _row(ids_BS[real_BS], labels_T, metadata.position_ids, metadata, columns_T)
 
@@ -147,10 +149,10 @@ def _pack_rows(ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor, colum
     if ids_BS.shape[0] == 1:
         position_ids_BS = _join_filling(ids_BS[0], labels_BS[0], position_ids_BS[0], starts_BS[0])[None]
     metadata = PackedMetadata.from_lengths(
-        segments.lengths_of(starts_BS.flatten()),
+        segments.lengths_of(starts_BS.flatten().cpu()),
         moved_positions=ids_BS.shape[0] > 1 and bool(position_ids_BS[starts_BS].any()),
     )
-    if ids_BS.shape[0] == 1:  # already one row: ids, labels and the documents' positions stay bit for bit
+    if ids_BS.shape[0] == 1:  # already one row: ids, labels and positions stay bit for bit
         return _row(ids_BS[0], labels_BS[0], position_ids_BS[0], metadata, columns_T)
     labels_BS = labels_BS.clone()
     labels_BS[:, 0] = IGNORE_INDEX  # stock shifts the labels row by row, so it never trains column 0
@@ -177,11 +179,12 @@ def _join_filling(ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, start
 def _row(
     ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, metadata: PackedMetadata, columns_T: dict[str, Tensor]
 ) -> PackedBatch:
+    metadata = metadata.to(ids_T.device)  # a collator may put its batch on a GPU
     return PackedBatch(
         {
             "input_ids": ids_T[None],
             "labels": labels_T[None],
-            "position_ids": position_ids_T[None],
+            "position_ids": position_ids_T.to(ids_T.device)[None],
             "cu_seq_lens_q": metadata.cu_seqlens,
             "cu_seq_lens_k": metadata.cu_seqlens,
             "max_length_q": metadata.max_seqlen,

@@ -39,12 +39,15 @@ class FastFTCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the run. Called again without an end after an exception or an out-of-memory retry: starts afresh."""
-        self._stop()
         trainer = hf_trainer.find_trainer(self)
+        if self._run is not None and self._run.active and self._run.target.trainer is not trainer:
+            logger.warning("fastft: this FastFTCallback ends in one Trainer and begins in another; give each its own")
+        self._stop()
         model = kwargs["model"] if trainer is None else trainer.model
         outer = joinable_run(model, trainer)
         if outer is not None:  # an apply() around train() owns the run
             self.report = outer.report
+            outer.join(self.config)
             return
         target = Target(model, trainer, "transformers", kwargs.get("train_dataloader"))
         self._run = Run(target, self.config, is_orphan=trainer is None)

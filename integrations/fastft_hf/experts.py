@@ -72,6 +72,8 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _why_not(module: Any) -> str | None:
+    if module in _active:
+        return "another fastft run serves it already"
     implementation = module.config._experts_implementation
     if implementation not in _REPLACED:
         return f"experts implementation '{implementation}' is kept: it was asked for by name"

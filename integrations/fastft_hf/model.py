@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastft_hf.classes import written_class
 from fastft_hf.families import Family
 from fastft_hf.stand_in import StandInConfig
-from fastft_hf.suitability import family_of, why_not
+from fastft_hf.suitability import dropout_of, family_of, why_not
 from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.hooks import RunHook
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, packed_attention
@@ -85,6 +85,12 @@ def inject_packed_attention(run: Run, causal_lm: PreTrainedModel, *, counts_bare
         raise Declined(f"no layer of {type(causal_lm).__name__} takes its attention from transformers' interface")
     if not all(getattr(attention, "is_causal", True) for attention in attentions):
         raise Declined(f"attention layers of {type(causal_lm).__name__} are not causal; packed attention is")
+    if any(isinstance(attention.config, StandInConfig) for attention in attentions):
+        raise Declined("another fastft run already packs this model, from a module around it or inside it")
+    for attention in attentions:
+        rate = dropout_of(attention)
+        if rate:
+            raise Declined(f"{type(attention).__name__} has a dropout of {rate}; packed attention has none")
     run.ledger.share("transformers' attention function 'fastft'", _register, _unregister)
     for attention in attentions:
         run.ledger.setattr(attention, "config", StandInConfig(attention.config, _attn_implementation=_ATTENTION_NAME))
