@@ -16,12 +16,13 @@ def vocab_size(shape: str) -> int:
     return int(AutoConfig.for_model(**values).vocab_size)
 
 
-def build_model(settings: Settings, attention: str | None = None) -> torch.nn.Module:
+def build_model(settings: Settings, attention: str | None = None, **overrides: Any) -> torch.nn.Module:
     """The shape's stock model, on the device, in training mode, with LoRA adapters if asked for.
 
-    Attention is sdpa, or eager where the model has sinks, which sdpa lacks, unless a name is given.
+    Attention is sdpa, or eager where the model has sinks, which sdpa lacks, unless a name is given. ``overrides`` are
+    values of the model's config.
     """
-    values = dict(SHAPES[settings.shape])
+    values = SHAPES[settings.shape] | overrides
     if settings.layers is not None:
         values["num_hidden_layers"] = settings.layers
     config = AutoConfig.for_model(**values)

@@ -28,10 +28,11 @@ _KERNELS = {
 
 @hookimpl
 def fastft_features() -> Sequence[Feature]:
+    from fastft_plugins.checkpointing.feature import CheckpointingFeature
     from fastft_plugins.moe.feature import MoEFeature
     from fastft_plugins.packing.feature import PackingFeature
 
-    return [PackingFeature(), MoEFeature()]
+    return [PackingFeature(), CheckpointingFeature(), MoEFeature()]
 
 
 @hookimpl

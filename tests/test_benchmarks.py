@@ -293,6 +293,23 @@ def test_help_explains_the_stacks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "A B A B" in shown and "varlen-rebuilt" in shown and "padding collator" in shown
 
 
+def test_smoke_run_of_the_checkpoint_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    from benchmarks import checkpoint_sweep
+
+    out = tmp_path / "sweep.json"
+    plans = "plain,offload,every-2,keep-1,none,products+offload"
+    sizes = ["--shape", "tiny-llama", "--layers", "3", "--tokens", "48", "--vocab", "64", "--steps", "1"]
+    options = ["--plans", plans, "--dtype", "fp32", "--device", "cpu", "--out", str(out)]
+    assert checkpoint_sweep.main([*sizes, *options]) == 0
+    result = json.loads(out.read_text())
+    assert sum(result["lengths"]) == 48
+    assert list(result["plans"]) == plans.split(",")
+    for outcome in result["plans"].values():
+        assert outcome["status"] == "ok" and outcome["gradients"] == "equal" and len(outcome["step_ms"]) == 1
+    assert "products+offload" in capsys.readouterr().out
+
+
 def _ok(seconds: list[float]) -> dict[str, Any]:
     return {
         "status": "ok",

@@ -64,6 +64,16 @@ def fastft_inject_router(run: Run, experts_fn: Callable[..., Any]) -> str | None
     return experts.inject_experts(run, experts_fn)
 
 
+@hookimpl
+def fastft_inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
+    if "transformers" not in sys.modules:
+        return None
+    from fastft_hf import checkpointing
+
+    _check_that_the_model_stays(run)
+    return checkpointing.inject_reloader(run, checkpoint_fn)
+
+
 def _check_that_the_model_stays(run: Run) -> None:
     """Raise `Declined` for a block around a Trainer that replaces its model when it trains."""
     if getattr(run.target.trainer, "model_init", None) is not None and run.target.train_dataloader is None:

@@ -1,0 +1,101 @@
+"""What each layer leaves on the GPU between forward and backward, as plans that can take turns on one model."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fastft_plugins.checkpointing import OffloadCheckpoint
+
+Function = Callable[..., Any]
+_aten = torch.ops.aten
+_ATTENTION = {_aten._flash_attention_forward.default, _aten._scaled_dot_product_flash_attention.default}
+_PRODUCTS = _ATTENTION | {_aten.mm.default, _aten.addmm.default}
+
+
+class Plans:
+    """Sets one plan after another on the decoder layers of ``model``.
+
+    ``plain``: torch's checkpointing. ``none``: every layer kept whole. ``hf-offload``: transformers' ``offload=True``.
+    ``every-N``: transformers' ``every_n_layers=N``. ``offload``: ours in every layer. ``keep-K``: the last K layers
+    whole, ours in the others. ``attention`` and ``products``: torch's selective checkpointing, storing the output of
+    attention, or of every matrix product too; with ``+offload``, ours around it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        self._hf_offload = _hf_offload(model, self.layers[0])
+        self.offload = OffloadCheckpoint()
+
+    @property
+    def names(self) -> list[str]:
+        """All plans that this installation knows; the ones that answer the most come first."""
+        depth = len(self.layers)
+        kept = [f"keep-{depth * share // 8}" for share in (4, 6, 7)]
+        names = ["plain", "offload", "hf-offload", "every-2", "every-4", *kept, "none", "products", "products+offload"]
+        names += ["every-3", "every-8", "attention", "attention+offload", "plain-again"]
+        return [name for name in names if name != "hf-offload" or self._hf_offload is not None]
+
+    def set(self, name: str) -> None:
+        """Raises ValueError for a name that is no plan."""
+        # A new engine for each plan: its figures are of this plan alone.
+        self.offload.close()
+        self.offload = OffloadCheckpoint()
+        for index, layer in enumerate(self.layers):
+            function = self._function(name, index)
+            layer.gradient_checkpointing = function is not None
+            layer._gradient_checkpointing_func = function or checkpoint
+
+    def _function(self, name: str, index: int) -> Function | None:
+        """What the layer ``index`` calls; None if it is kept whole."""
+        kind, _, number = name.partition("-")
+        ours = functools.partial(self.offload, use_reentrant=False)
+        stock = functools.partial(checkpoint, use_reentrant=False)
+        if name in ("plain", "plain-again"):
+            return stock
+        if name == "offload":
+            return ours
+        if name == "hf-offload":
+            return self._hf_offload
+        if name == "none":
+            return None
+        if kind == "every":
+            return stock if index % int(number) == 0 else None
+        if kind == "keep":
+            return ours if index < len(self.layers) - int(number) else None
+        stored, _, where = name.partition("+")
+        if stored in ("attention", "products") and where in ("", "offload"):
+            context = functools.partial(_storing, _ATTENTION if stored == "attention" else _PRODUCTS)
+            return functools.partial(ours if where else stock, context_fn=context)
+        raise ValueError(f"{name!r} is no plan; known: {', '.join(self.names)}")
+
+
+def _storing(ops: set[Any]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+    contexts = create_selective_checkpoint_contexts(policy)
+    return contexts
+
+
+def _hf_offload(model: Any, layer: Any) -> Function | None:
+    """The function that transformers gives its layers for ``offload=True``; None where it has no such option.
+
+    Without a GPU that function fails: it asks for page-locked memory.
+    """
+    options = inspect.signature(model.get_base_model().activation_checkpointing_enable).parameters
+    if "offload" not in options or not torch.cuda.is_available():
+        return None
+    model.activation_checkpointing_enable({"use_reentrant": False}, offload=True)
+    function: Function = layer._gradient_checkpointing_func
+    return function

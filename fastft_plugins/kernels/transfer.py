@@ -1,0 +1,132 @@
+"""Copies between a device and host memory that run beside the computation, in a queue of their own.
+
+There is one queue for a device and both directions: its copies run in the order in which they were asked for, so a copy
+never has to wait for another one. What has to be said is how the queue and the computation wait for each other.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import deque
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_MEASURED = 1024  # waits of which the figures are kept
+
+
+class Transfer(Protocol):
+    """The copy queue of one device. Streams, marks and copies mean nothing to the caller except to be handed back."""
+
+    def compute_stream(self) -> Any:
+        """The stream on which the calling thread computes; equal streams are the same one."""
+
+    def mark(self, stream: Any) -> Any:
+        """The end of what a compute stream has been given so far."""
+
+    def copy(self, destination: Tensor, source: Tensor, after: Any) -> Any:
+        """Queue a copy that begins once the mark ``after`` is reached. Both tensors have to live until it is done."""
+
+    def wait(self, stream: Any, copy: Any) -> None:
+        """What a compute stream is given from now on begins once ``copy`` is done. The host does not wait."""
+
+    def keep_for(self, tensor: Tensor, stream: Any) -> None:
+        """Its memory must not be used again before what ``stream`` has been given by its end is done."""
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Host memory for copies, uint8 ``[nbytes]``; its contents are undefined."""
+
+    def free(self, host: Tensor) -> None:
+        """Give host memory back, once no copy needs it."""
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the copies so far, for a report."""
+
+
+class CudaTransfer:
+    """Copies on a CUDA stream of its own. Host memory is page-locked, without which copies would stop the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._queue = torch.cuda.Stream(device)
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=_MEASURED)
+        self._pinned: set[int] = set()
+        self._pageable_bytes = 0
+
+    def compute_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event: torch.cuda.Event = stream.record_event()
+        return event
+
+    def copy(
+        self, destination: Tensor, source: Tensor, after: torch.cuda.Event
+    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        self._queue.wait_event(after)
+        begin = self._queue.record_event(_timed())
+        with torch.no_grad(), torch.cuda.stream(self._queue):
+            destination.copy_(source, non_blocking=True)
+        return begin, self._queue.record_event(_timed())
+
+    def wait(self, stream: torch.cuda.Stream, copy: tuple[torch.cuda.Event, torch.cuda.Event]) -> None:
+        reached = stream.record_event(_timed())
+        stream.wait_event(copy[1])
+        self._waits.append((*copy, reached))
+
+    def keep_for(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
+        tensor.record_stream(stream)  # does nothing if the memory was allocated on this stream, as it is nearly always
+
+    def allocate(self, nbytes: int) -> Tensor:
+        # Whole pages of our own, as page-locking goes by pages; torch's pinned memory comes in powers of two.
+        host = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        if int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), nbytes, 0)) == 0:
+            self._pinned.add(host.data_ptr())
+        else:
+            self._pageable_bytes += nbytes
+            _forget_cuda_error(self.device)
+        return host
+
+    def free(self, host: Tensor) -> None:
+        self._queue.synchronize()
+        if host.data_ptr() in self._pinned:
+            self._pinned.remove(host.data_ptr())
+            torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+
+    def metrics(self) -> dict[str, float]:
+        """``hidden_share``: of the time of the copies, the part in which the computation did not wait for them."""
+        torch.cuda.synchronize(self.device)
+        waits = list(self._waits)
+        copying = sum(begin.elapsed_time(end) for begin, end, _ in waits)
+        waiting = sum(max(0.0, reached.elapsed_time(end)) for _, end, reached in waits)
+        figures = {"pageable_bytes": float(self._pageable_bytes)} if self._pageable_bytes else {}
+        if copying:
+            figures |= {"copy_ms": copying / len(waits), "hidden_share": max(0.0, 1 - waiting / copying)}
+        return figures
+
+
+def why_no_transfer(device: torch.device) -> str | None:
+    """Why there is nothing to copy to or from ``device``, in words for a report; None if there is."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "no NVIDIA GPU: the activations are in host memory already" if device.type == "cpu" else "no NVIDIA GPU"
+    if torch.cuda.get_device_properties(device).is_integrated:
+        return "the GPU shares the host's memory, so there is no other memory to copy to"
+    return None
+
+
+def make_transfer(device: torch.device) -> Transfer:
+    """A copy queue for ``device``, for which `why_no_transfer` gives no reason."""
+    return CudaTransfer(device)
+
+
+def _timed() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def _forget_cuda_error(device: torch.device) -> None:
+    """CUDA remembers the failed call, and torch would report it as that of the next kernel: let one fail here."""
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError:
+        pass

@@ -1,0 +1,93 @@
+"""The seam of activation checkpointing: each checkpointed layer of transformers keeps the function that it calls."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from fastft_plugins.errors import Declined, NothingToWin
+from fastft_plugins.run import Run
+
+_FUNCTION = "_gradient_checkpointing_func"
+_ENABLE = "activation_checkpointing_enable"
+
+
+def inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
+    """Make checkpointed layers call ``checkpoint_fn``; None if the model is not transformers' own."""
+    if not any(isinstance(module, PreTrainedModel) for module in run.model.modules()):
+        return None
+    args = getattr(run.target.trainer, "args", None)
+    if getattr(args, "activation_offloading", False):
+        raise Declined("activation_offloading=True: TRL's own offloading copies all that is saved")
+    if getattr(args, "activation_checkpointing", False) and run.target.train_dataloader is None:
+        return _inject_later(run, checkpoint_fn)
+    return _inject(run, checkpoint_fn)
+
+
+def _inject(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
+    modules = [module for module in run.model.modules() if _is_checkpointed(module)]
+    if not modules:
+        raise NothingToWin("activation checkpointing is not switched on")
+    kept: Counter[str] = Counter()
+    functions: dict[Any, Any] = {}  # one of ours for each of theirs
+    for module in modules:
+        stock = getattr(module, _FUNCTION)
+        reason = _why_not(stock)
+        if reason is not None:
+            kept[reason] += 1
+            continue
+        if stock not in functions:
+            functions[stock] = functools.partial(checkpoint_fn, **_keywords(stock))
+        run.ledger.setattr(module, _FUNCTION, functions[stock])
+    if not functions:
+        raise Declined("; ".join(kept))
+    changes = [f"checkpoint function in {len(modules) - kept.total()} modules"]
+    changes += [f"{count} modules keep theirs: {reason}" for reason, count in kept.items()]
+    return "; ".join(changes)
+
+
+def _inject_later(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
+    """In a block around a Trainer: checkpointing is switched on, anew, when training starts."""
+    enable, run_ref = getattr(run.model, _ENABLE), weakref.ref(run)
+
+    @functools.wraps(enable)
+    def enable_and_inject(*args: Any, **kwargs: Any) -> None:
+        enable(*args, **kwargs)
+        run = run_ref()
+        if run is None or not run.active:
+            return
+        try:
+            change = _inject(run, checkpoint_fn)
+        except Declined as declined:
+            run.switch_off("checkpointing", declined)
+        else:
+            run.report.features["checkpointing"].changes[:] = [change]
+
+    run.ledger.setattr(run.model, _ENABLE, enable_and_inject)
+    return "checkpoint function of the layers, when training switches checkpointing on"
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False)) and _FUNCTION in vars(module)
+
+
+def _why_not(stock: Any) -> str | None:
+    inner = stock.func if isinstance(stock, functools.partial) else stock
+    if inner is not checkpoint:
+        if getattr(inner, "__qualname__", "").startswith("PreTrainedModel._activation_checkpointing_enable.<locals>"):
+            return "offload=True: transformers offloads them itself; leave it out to have the copies hidden"
+        return f"they call {getattr(inner, '__qualname__', type(inner).__name__)}, not torch's checkpoint"
+    if _keywords(stock).get("use_reentrant") is not False:
+        return "use_reentrant=True: set gradient_checkpointing_kwargs={'use_reentrant': False}"
+    return None
+
+
+def _keywords(stock: Any) -> dict[str, Any]:
+    return dict(stock.keywords) if isinstance(stock, functools.partial) else {}

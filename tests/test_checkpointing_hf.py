@@ -1,0 +1,227 @@
+"""Activation checkpointing of transformers' models with the engine in its place, in loops and in the Trainer."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+
+import pytest
+import torch
+from hf_helpers import Gradients, documents, losses, make_trainer, tiny_model
+from lazy_transfer import LazyTransfer
+from torch.utils.checkpoint import checkpoint
+
+from fastft_plugins import FastFTCallback, FastFTError, apply
+from fastft_plugins.checkpointing import OffloadCheckpoint
+from fastft_plugins.checkpointing import feature as feature_module
+from fastft_plugins.kernels import transfer as transfer_module
+
+OPTIONS = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+ONLY = {"packing": "off", "moe": "off"}
+
+
+@pytest.fixture
+def lazy(monkeypatch):
+    """Tensors on the CPU are offloaded, however small."""
+    transfer = LazyTransfer()
+    monkeypatch.setattr(transfer_module, "why_no_transfer", lambda device: None)
+    monkeypatch.setattr(transfer_module, "make_transfer", lambda device: transfer)
+    monkeypatch.setattr(
+        feature_module, "OffloadCheckpoint", functools.partial(OffloadCheckpoint, min_bytes=0, budget=2**30)
+    )
+    return transfer
+
+
+def checkpointed_model(**options):
+    model = tiny_model(attention_dropout=0.1, attn_implementation="eager").train()
+    model.activation_checkpointing_enable({"use_reentrant": False}, **options)
+    return model
+
+
+def step(model):
+    torch.manual_seed(0)
+    model.zero_grad()
+    ids = torch.randint(1, 97, (2, 9))
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def functions(model):
+    return {
+        name: module._gradient_checkpointing_func
+        for name, module in model.named_modules()
+        if "_gradient_checkpointing_func" in vars(module)
+    }
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_a_loop_of_ones_own_gets_the_same_gradients_and_its_model_back(lazy):
+    model = checkpointed_model()
+    expected, before = step(model), functions(model)
+    with apply(model, ONLY) as run:
+        for _ in range(2):
+            assert_equal(step(model), expected)
+        assert all(function.func is not checkpoint for function in functions(model).values())
+        assert len(lazy.live) == 3
+    assert functions(model) == before
+    assert lazy.live == [] and not lazy.corrupted
+    entry = run.report.features["checkpointing"]
+    assert entry.enabled and entry.metrics["offloaded_calls"] == 6 and entry.metrics["host_allocations"] == 3
+    assert entry.metrics["bytes_out"] == 2 * 3 * 2 * 9 * 32 * 4
+    assert "hidden_share" in entry.metrics
+    assert "host memory" in str(run.report)
+
+
+def test_a_copy_made_inside_is_stock(lazy):
+    model = checkpointed_model()
+    expected = step(model)
+    with apply(model, ONLY):
+        other = copy.deepcopy(model)
+    copies = lazy.copies
+    assert_equal(step(other), expected)
+    assert lazy.copies == copies
+
+
+def test_every_second_layer(lazy):
+    model = checkpointed_model(every_n_layers=2)
+    expected = step(model)
+    with apply(model, ONLY) as run:
+        assert_equal(step(model), expected)
+    assert run.report.features["checkpointing"].metrics["offloaded_calls"] == 2
+
+
+@pytest.mark.parametrize("switch", ["callback", "apply"])
+@pytest.mark.parametrize("packing", ["off", "auto"])
+def test_the_trainer_trains_as_with_stock_checkpointing(switch, packing, lazy, tmp_path):
+    results = {}
+    for checkpointing in ("off", "on"):
+        config = {"packing": packing, "moe": "off", "checkpointing": checkpointing}
+        gradients = Gradients()
+        callback = FastFTCallback(config)
+        callbacks = [gradients, *([callback] if switch == "callback" else [])]
+        trainer = make_trainer(tmp_path / checkpointing, tiny_model(), callbacks=callbacks, **OPTIONS)
+        if switch == "apply":
+            with apply(trainer, config) as run:
+                trainer.train()
+            report = run.report
+        else:
+            trainer.train()
+            report = callback.report
+        results[checkpointing] = losses(trainer), gradients.steps
+        entry = report.features["checkpointing"]
+        assert entry.enabled == (checkpointing == "on")
+        if entry.enabled:
+            assert entry.metrics["offloaded_calls"] == 3 * 5, str(report)
+            assert entry.changes[0].startswith("checkpoint function in"), entry.changes
+        assert all(function.func is checkpoint for function in functions(trainer.model).values())
+        assert not report.notes, report.notes
+    assert results["on"][0] == results["off"][0]
+    for ours, theirs in zip(results["on"][1], results["off"][1], strict=True):
+        assert_equal(ours, theirs)
+    assert lazy.live == []
+
+
+DECLINED = [
+    ({"use_reentrant": True}, {}, "use_reentrant=True"),
+    ({"use_reentrant": False}, {"offload": True}, "offload=True"),
+]
+
+
+@pytest.mark.parametrize(("keywords", "options", "reason"), DECLINED, ids=["reentrant", "offload"])
+def test_other_ways_of_checkpointing_stay_and_the_report_says_why(keywords, options, reason, lazy, caplog):
+    model = tiny_model().train()
+    model.activation_checkpointing_enable(keywords, **options)
+    before = functions(model)
+    with caplog.at_level(logging.WARNING, "fastft"), apply(model, ONLY) as run:
+        assert functions(model) == before
+    assert not run.report.features["checkpointing"].enabled
+    assert reason in run.report.features["checkpointing"].reason
+    assert reason in caplog.text
+    with pytest.raises(FastFTError, match=reason), apply(model, ONLY | {"checkpointing": "on"}):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "not switched on"),
+        ({**OPTIONS, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant=True"),
+    ],
+    ids=["off", "reentrant"],
+)
+@pytest.mark.parametrize("switch", ["callback", "apply"])
+def test_trainers_of_other_ways_stay_stock(switch, options, reason, lazy, tmp_path):
+    callback = FastFTCallback(ONLY)
+    trainer = make_trainer(tmp_path, tiny_model(), callbacks=[callback] if switch == "callback" else [], **options)
+    if switch == "apply":
+        with apply(trainer, ONLY) as run:
+            trainer.train()
+        report = run.report
+    else:
+        trainer.train()
+        report = callback.report
+    entry = report.features["checkpointing"]
+    assert not entry.enabled and reason in entry.reason
+    assert lazy.copies == 0
+
+
+def test_it_is_not_on_where_nothing_is_checkpointed(lazy, caplog):
+    model = tiny_model().train()
+    with apply(model, ONLY | {"strict": True}) as run:
+        step(model)
+    assert run.report.features["checkpointing"].reason == "activation checkpointing is not switched on"
+    assert not caplog.records
+
+
+def test_without_a_gpu_it_stays_off_without_a_warning(caplog):
+    model = checkpointed_model()
+    with apply(model, ONLY) as run:
+        step(model)
+    entry = run.report.features["checkpointing"]
+    assert not entry.enabled and "no NVIDIA GPU" in entry.reason
+    assert not caplog.records
+    with pytest.raises(FastFTError, match="no NVIDIA GPU"), apply(model, ONLY | {"checkpointing": "on"}):
+        pass
+
+
+def test_a_failing_step_restores_everything(lazy):
+    model = checkpointed_model()
+    before = functions(model)
+    with pytest.raises(KeyError), apply(model, ONLY):
+        step(model)
+        raise KeyError("mine")
+    assert functions(model) == before and lazy.live == []
+
+
+def test_trl_activation_offloading_stays(lazy, tmp_path):
+    trainer = make_trainer(tmp_path, tiny_model(), **OPTIONS)
+    trainer.args.activation_offloading = True  # as in TRL's configs; its trainers need an accelerator for it
+    with apply(trainer, ONLY) as run:
+        pass
+    assert "activation_offloading=True" in run.report.features["checkpointing"].reason
+
+
+def test_lora(lazy):
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)).train()
+
+    def lora_step():
+        torch.manual_seed(0)
+        model.zero_grad()
+        ids = torch.tensor([documents(1, 8, 8)[0]["input_ids"]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = lora_step()
+    assert any("lora" in name for name in expected)
+    with apply(model, ONLY) as run:
+        assert_equal(lora_step(), expected)
+    assert run.report.features["checkpointing"].metrics["offloaded_calls"] == 3
