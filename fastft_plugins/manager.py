@@ -23,6 +23,7 @@ import pluggy
 from fastft_plugins import hookspecs
 from fastft_plugins.errors import FastFTError
 from fastft_plugins.tracing import trace_hook_calls
+from fastft_plugins.variables import is_set
 
 logger = logging.getLogger("fastft")
 
@@ -118,7 +119,7 @@ class PluginManager:
 
     def _load(self, manager: pluggy.PluginManager) -> None:
         manager.add_hookspecs(hookspecs)
-        if _is_set("FASTFT_TRACE"):
+        if is_set("FASTFT_TRACE"):
             trace_hook_calls(manager, logger)
         built_in = importlib.import_module("fastft_plugins.builtin")
         self._add(built_in, PluginStatus(BUILT_IN, BUILT_IN, _own_version()))
@@ -134,7 +135,7 @@ class PluginManager:
                 message = (
                     f"{type(error).__name__}: {' '.join(str(error).split())}"  # on one line: pluggy writes several
                 )
-                if _is_set("FASTFT_STRICT_PLUGINS"):
+                if is_set("FASTFT_STRICT_PLUGINS"):
                     raise FastFTError(f"plugin {status.name!r} ({status.source}) failed to load: {message}") from error
                 logger.warning("plugin %r (%s) is left out, it failed to load: %s", status.name, status.source, message)
                 self._statuses.append(replace(status, state="failed", error=message))
@@ -211,10 +212,6 @@ def _selection(known: set[str]) -> Callable[[str], bool]:
         remark = "is always on" if name == BUILT_IN else "is not installed"
         logger.warning("FASTFT_PLUGINS names %r, which %s; known: %s", name, remark, ", ".join(sorted(known)) or "none")
     return lambda name: (not only or name in only) and name not in without
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off")
 
 
 def _is_wrapper(implementation: pluggy.HookImpl) -> bool:

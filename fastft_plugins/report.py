@@ -15,7 +15,12 @@ from fastft_plugins.saved_values import check
 _WIDTH = 100  # columns of the terminal that the table is written for
 _LEAST_WIDTH = 40  # below it, the column of reasons has no room left
 _FEATURE = {"name": str, "enabled?": bool, "reason?": str, "changes?": [str], "metrics?": {str: float}}
-_SAVED = {"features": {str: _FEATURE}, "framework?": str, "model?": str, "state?": str, "notes?": [str]}
+_SAVED = {
+    "features": {str: _FEATURE},
+    **dict.fromkeys(("framework?", "model?", "state?"), str),
+    "notes?": [str],
+    "history?": [{str: float}],
+}
 
 
 @dataclass
@@ -31,13 +36,17 @@ class FeatureReport:
 
 @dataclass
 class Report:
-    """The whole run. ``features`` always holds every one of `FEATURES`; a plugin's own features follow them."""
+    """The whole run. ``features`` always holds every one of `FEATURES`; a plugin's own features follow them.
+
+    ``history`` has one entry for each step that the trainer logged: its number, and what was measured up to it.
+    """
 
     features: dict[str, FeatureReport] = field(default_factory=dict)
     framework: str = ""
     model: str = ""
     state: str = "not started"
     notes: list[str] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         given = self.features

@@ -42,7 +42,7 @@ def test_help_imports_no_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("env", "plugins", "report", "demo"))
+    assert all(command in done.stdout for command in ("run", "doctor", "env", "plugins", "report", "demo"))
 
 
 def test_python_m_is_the_same_program() -> None:
@@ -88,6 +88,37 @@ def test_report_shows_a_saved_report(fastft: Any, tmp_path: Path) -> None:
     code, text, _ = fastft("report", file)
     assert code == 0
     assert text.strip() == str(saved).strip()
+
+
+def test_report_draws_what_was_measured(fastft: Any, tmp_path: Path) -> None:
+    packing = FeatureReport("packing", True, "because", metrics={"tokens": 70, "padding_removed": 30})
+    history = [{"step": 1, "padding_share": 0.2}, {"step": 2, "padding_share": 0.4, "peak_memory_gib": 3.0}]
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(Report({"packing": packing}, history=history).to_dict()))
+    code, _, errors = fastft("report", file)
+    assert code == 0 and errors == f"saved {tmp_path / 'report.png'}\n"
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("obstacle", ["nothing measured", "no matplotlib", "not writable"])
+def test_a_report_without_a_plot_says_why(
+    fastft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
+    metrics = {} if obstacle == "nothing measured" else {"tokens": 70.0}
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(Report({"packing": FeatureReport("packing", metrics=metrics)}).to_dict()))
+    if obstacle == "no matplotlib":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if obstacle == "not writable":
+        (tmp_path / "report.png").mkdir()
+    code, text, errors = fastft("report", file)
+    assert code == 0 and "packing" in text
+    reasons = {
+        "nothing measured": "has measured nothing",
+        "no matplotlib": "pip install 'fastft-plugins[demo]'",
+        "not writable": "report.png cannot be written",
+    }
+    assert errors.startswith("fastft: no plot, ") and reasons[obstacle] in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -141,7 +172,7 @@ def test_demo_end_to_end(fastft: Any, tmp_path: Path, plugin_manager: PluginMana
 
     code, again, _ = fastft("report", out / "report.json")
     assert code == 0
-    assert again.strip() in text
+    assert again.strip() in text and (out / "report.png").exists()
 
 
 def test_demo_errors_come_before_any_training(fastft: Any, tmp_path: Path) -> None:

@@ -180,6 +180,24 @@ def test_positions_of_a_packed_row_need_not_start_at_zero():
     assert row[METADATA_KEY].lengths == (2, 2) and row["position_ids"].tolist() == [[7, 8, 2, 3]]
 
 
+def test_tokens_that_fill_a_row_up_become_one_document():
+    """As TRL's ``pad_to_multiple_of`` makes them: position 0, no label. One of them alone stays what it is."""
+    row = {
+        "input_ids": torch.tensor([[7, 8, 9, 5, 0, 0, 0]]),
+        "labels": torch.tensor([[-100, 8, 9, -100, -100, -100, -100]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 0, 0, 0]]),
+    }
+    packed = PaddingFreeCollator(lambda _: row)(None)
+    assert packed[METADATA_KEY].lengths == (3, 1, 3)
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2]]
+    assert torch.equal(packed["input_ids"], row["input_ids"]) and torch.equal(packed["labels"], row["labels"])
+    assert row["position_ids"].tolist() == [[0, 1, 2, 0, 0, 0, 0]]
+    shorter = {name: tensor[:, :5] for name, tensor in row.items()}
+    assert PaddingFreeCollator(lambda _: shorter)(None)[METADATA_KEY].lengths == (3, 1, 1)
+    row["labels"][0, -1] = 0  # the model is trained to end with it
+    assert PaddingFreeCollator(lambda _: row)(None)[METADATA_KEY].lengths == (3, 1, 1, 1, 1)
+
+
 def test_several_packed_rows_become_one():
     row = pack(
         {

@@ -194,7 +194,7 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_table(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fastft_plugins.demo.run_demo", lambda *_, **__: result)
-    monkeypatch.setattr(output, "_plot", full)
+    monkeypatch.setattr(output, "plot", full)
     monkeypatch.setattr("sys.argv", ["fastft", "demo", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
         main()

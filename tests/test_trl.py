@@ -18,10 +18,11 @@ import transformers
 import trl
 import trl_helpers
 from hf_helpers import documents, losses, make_trainer, tiny_model
+from moe_helpers import tiny_causal_lm
 from torch.testing import assert_close
 from transformers import AttentionInterface, TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
-from trl_helpers import completions, conversations, sft_trainer, tokenizer, tokens
+from trl_helpers import arguments, completions, conversations, sft_trainer, tokenizer, tokens
 
 import fastft_trl
 from fastft_plugins import FastFTCallback, FastFTConfigError, FastFTError
@@ -80,6 +81,26 @@ def test_sft(tmp_path, case):
     metrics = report.features["packing"].metrics
     assert metrics["packed_batches"] == 5 * options.get("gradient_accumulation_steps", 1)
     assert "unpacked_batches" not in metrics and report.state == "finished"
+
+
+def test_filling_tokens_are_one_document_and_cost_no_router_its_balance(tmp_path):
+    """The auxiliary loss counts every token's experts, those of the filling included."""
+
+    def make(folder, **more):
+        options = {"padding_free": True, "max_length": None, "pad_to_multiple_of": 64, "gradient_checkpointing": False}
+        return trl.SFTTrainer(
+            tiny_causal_lm(output_router_logits=True, router_aux_loss_coef=0.3),
+            fastft_trl.SFTConfig(**arguments(folder, **options, **more)),
+            train_dataset=tokens(),
+            processing_class=tokenizer(),
+        )
+
+    stock, ours, report = compare(tmp_path, make, fastft_config={"packing": "on"})
+    assert [entry["aux_loss"] for entry in ours.state.log_history if "loss" in entry] == pytest.approx(
+        [entry["aux_loss"] for entry in stock.state.log_history if "loss" in entry], rel=1e-5
+    )
+    metrics = report.features["packing"].metrics
+    assert metrics["documents"] <= 5 * (4 + 1) and metrics["tokens"] % 64 == 0
 
 
 def test_sft_with_liger(tmp_path):

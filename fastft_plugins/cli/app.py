@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,58 @@ def _program(
     """Faster fine-tuning inside the trainer you already use."""
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    command: Annotated[
+        list[str],
+        typer.Argument(help="A script and its arguments, -m and a module, or a launcher: torchrun, accelerate, ..."),
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Option("--config", metavar="FIELD=VALUE", help="A setting; may be repeated.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the last report as JSON.")] = None,
+) -> None:
+    """Run a training script that knows nothing of fastft, with fastft on in every Trainer that it makes.
+
+    Transformers, TRL and Lightning, all processes included. The report is printed when training has ended.
+    """
+    from fastft_plugins.cli.launch import launch
+
+    launch(command, settings or (), report)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL]", help="A local model folder, or its config.json.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A well-known model in its place, such as qwen3-14b.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show for a model, without loading its weights, what would be on here, why, and what it can win.
+
+    Exit code: 0 if all was decided and the dry run passed; 1 if the model or the options are wrong; 3 if the dry run
+    failed.
+    """
+    from shutil import get_terminal_size
+
+    from fastft_plugins.cli.doctor import examine
+    from fastft_plugins.cli.doctor_text import as_text
+    from fastft_plugins.cli.meta_model import read_config
+    from fastft_plugins.errors import FastFTConfigError
+
+    try:
+        found = examine(*read_config(model, shape))
+    except FastFTConfigError as error:
+        print(f"fastft: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    print(json.dumps(found, indent=2) if as_json else as_text(found, min(get_terminal_size().columns, 100)))
+    if found["dry_run"].startswith("failed"):
+        raise typer.Exit(3)
+
+
 @app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, hardware, settings and plugins, ready to paste into an issue."""
@@ -59,12 +112,18 @@ def plugins() -> None:
 
 @app.command()
 def report(file: Annotated[Path, typer.Argument(help="A saved report, or the report.json of a demo.")]) -> None:
-    """Show a saved report again."""
+    """Show a saved report as a table, and save a plot of it beside it: report.png for report.json."""
     from rich.console import Console
 
+    from fastft_plugins.cli.plots import save_beside
     from fastft_plugins.cli.saved import show_saved
+    from fastft_plugins.errors import FastFTError
 
-    show_saved(file, Console())
+    draw = show_saved(file, Console())
+    try:
+        print(f"saved {save_beside(file, draw)}", file=sys.stderr)
+    except FastFTError as error:  # the table has been shown
+        print(f"fastft: {error}", file=sys.stderr)
 
 
 @app.command()

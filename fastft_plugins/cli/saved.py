@@ -1,21 +1,24 @@
-"""Reading a report that was saved as JSON, for ``fastft report``."""
+"""Reading a report that was saved as JSON, and a plot of it, for ``fastft report``."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from fastft_plugins.cli.plots import draw_run
 from fastft_plugins.errors import FastFTConfigError
 from fastft_plugins.report import Report
 
 _REMEDY = "Remedy: a file with json.dumps(report.to_dict()), or the report.json of a demo"
 
 
-def show_saved(file: Path, console: Console) -> None:
-    """Print the report in a file.
+def show_saved(file: Path, console: Console) -> Callable[[Path], None]:
+    """Print the report in a file; returns what draws a plot of it into a file.
 
     Raises:
         FastFTConfigError: the file is missing, is not JSON or holds something else.
@@ -25,14 +28,16 @@ def show_saved(file: Path, console: Console) -> None:
         raise FastFTConfigError(f"{file}: a JSON {type(saved).__name__}, not an object. {_REMEDY}.")
     try:
         if saved.get("kind") == "fastft demo":
+            from fastft_plugins.demo import output
             from fastft_plugins.demo.saved import check_result
             from fastft_plugins.demo.show import show
 
             check_result(saved)
             show(saved, console)
-        else:
-            text = Report.from_dict(saved).to_text(min(console.width, 100))
-            console.out(text, highlight=False)
+            return partial(output.plot, saved)
+        report = Report.from_dict(saved)
+        console.out(report.to_text(min(console.width, 100)), highlight=False)
+        return partial(draw_run, report)
     except FastFTConfigError as error:
         raise FastFTConfigError(f"{file}: {error}. {_REMEDY}.") from error
 

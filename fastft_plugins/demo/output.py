@@ -31,7 +31,7 @@ def save(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     with _explained(report, "written"):
         report.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with _explained(picture, "written"):
-        _plot(result, picture)
+        plot(result, picture)
     return report, picture
 
 
@@ -61,7 +61,8 @@ def _explained(path: Path, what: str) -> Iterator[None]:
         raise FastFTConfigError(f"{path}: cannot be {what} ({error.strerror or error}). Remedy: --out DIR.") from error
 
 
-def _plot(result: dict[str, Any], file: Path) -> None:
+def plot(result: dict[str, Any], file: Path) -> None:
+    """Draw the losses, the speed and the times of both runs."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft_plugins.moe import load
 from fastft_plugins.moe.function import run_experts
 from fastft_plugins.moe.gates import gate_of
 from fastft_plugins.moe.projection import Projection
@@ -49,6 +50,7 @@ def experts_forward(
     _check(hidden_TH, top_k_index_TK, top_k_weights_TK, up)
     top_k_index_TK, top_k_weights_TK = top_k_index_TK.contiguous(), top_k_weights_TK.contiguous()
     routing = route(top_k_index_TK, module.num_experts)
+    load.remember(module, routing.counts)
     dtype = up.weight.dtype
     if torch.is_autocast_enabled(hidden_TH.device.type):
         dtype = torch.get_autocast_dtype(hidden_TH.device.type)

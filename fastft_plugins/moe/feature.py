@@ -9,6 +9,7 @@ import torch
 from fastft_plugins.errors import NothingToWin
 from fastft_plugins.kernels.dispatch import choices
 from fastft_plugins.kernels.triton_support import TensorCall, triton_rejects
+from fastft_plugins.moe import load
 from fastft_plugins.moe.experts import experts_forward
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class MoEFeature:
     def stop(self, run: Run) -> None:
         """See `fastft_plugins.run.Feature`."""
         entry = run.report.features[self.name]
+        load.forget(run.model)
         for op in _OPS:
             entry.changes.extend(f"{op} kernel: {choice}" for choice in choices(op))
 
@@ -40,6 +42,9 @@ class MoEFeature:
         parameter = next(run.model.parameters(), None)
         if parameter is None:
             raise NothingToWin("the model has no parameters")
-        reason = triton_rejects(TensorCall(parameter.device, torch.bfloat16))
+        device = parameter.device
+        if device.type == "meta":  # not on its device yet, which will be this machine's
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        reason = triton_rejects(TensorCall(device, torch.bfloat16))
         if reason is not None:
             raise NothingToWin(f"nothing to win here, it {reason}; moe='on' switches it on all the same")

@@ -41,8 +41,10 @@ def packed_attention(
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
-    if torch.is_autocast_enabled(q_THD.device.type) and q_THD.dtype != torch.float64:  # as SDPA does
-        dtype = torch.get_autocast_dtype(q_THD.device.type)
+    kind = q_THD.device.type
+    has_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if has_autocast and q_THD.dtype != torch.float64:  # as SDPA does
+        dtype = torch.get_autocast_dtype(kind)
         q_THD, k_TGD, v_TGD = q_THD.to(dtype), k_TGD.to(dtype), v_TGD.to(dtype)
     _check(q_THD, k_TGD, v_TGD, metadata, window, softcap, sinks, scale)
     if window is not None and window >= metadata.max_seqlen:

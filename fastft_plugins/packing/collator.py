@@ -146,6 +146,8 @@ def _pack_rows(ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor, colum
     starts_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
     starts_BS[:, 1:] = position_ids_BS.diff(dim=1) != 1
     columns_T = {name: column_BS.flatten() for name, column_BS in columns.items()}
+    if ids_BS.shape[0] == 1:
+        position_ids_BS = _join_filling(ids_BS[0], labels_BS[0], position_ids_BS[0], starts_BS[0])[None]
     metadata = PackedMetadata.from_lengths(
         segments.lengths_of(starts_BS.flatten().cpu()),
         moved_positions=ids_BS.shape[0] > 1 and bool(position_ids_BS[starts_BS].any()),
@@ -155,6 +157,23 @@ def _pack_rows(ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor, colum
     labels_BS = labels_BS.clone()
     labels_BS[:, 0] = IGNORE_INDEX  # stock shifts the labels row by row, so it never trains column 0
     return _row(ids_BS.flatten(), labels_BS.flatten(), metadata.position_ids, metadata, columns_T)
+
+
+def _join_filling(ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, starts_T: Tensor) -> Tensor:
+    """Make the tokens that fill a row up to some multiple one document: returns new positions, changes ``starts_T``.
+
+    TRL's ``pad_to_multiple_of`` gives each of them the position 0, so that stock takes it for a document of its own,
+    and attention would go over them one by one. No loss is read from them. As one document they stay what they were,
+    too, which a router's auxiliary loss sees: equal tokens have equal values, and without attention sinks their mean
+    does not depend on how many there are or how far apart.
+    """
+    is_filling_T = starts_T & (labels_T == IGNORE_INDEX) & (ids_T == ids_T[-1])
+    count = int(is_filling_T.flip(0).int().cumprod(0).sum())
+    if count < 2:
+        return position_ids_T
+    starts_T[-count + 1 :] = False
+    filling = torch.arange(count, dtype=position_ids_T.dtype, device=position_ids_T.device)
+    return torch.cat([position_ids_T[:-count], filling])
 
 
 def _row(

@@ -65,6 +65,10 @@ class FastFTCallback(TrainerCallback):
         if state.is_world_process_zero:
             logger.info("%s", self.report)
 
+    def is_asked_for(self, args: TrainingArguments) -> bool:
+        """Whether whoever wrote the Trainer wants this callback to act; a default one may be there without that."""
+        return True
+
     def _stop(self) -> None:
         if self._run is not None:
             self._run.stop()

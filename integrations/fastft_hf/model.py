@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastft_hf.classes import written_class
 from fastft_hf.families import Family
 from fastft_hf.stand_in import StandInConfig
 from fastft_hf.suitability import dropout_of, family_of, why_not
@@ -246,7 +247,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _stock(module: nn.Module) -> Callable[..., Any]:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager = getattr(sys.modules[written_class(module).__module__], "eager_attention_forward", None)
     function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(_stock_implementation(module), eager)
     return function
 

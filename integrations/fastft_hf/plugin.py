@@ -27,7 +27,7 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str |
         return None
     from transformers import Trainer
 
-    from fastft_hf import model, trainer
+    from fastft_hf import metrics, model, trainer
     from fastft_hf.suitability import family_of, why_not_inside
 
     _check_that_the_model_stays(run)
@@ -48,6 +48,7 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str |
     if run.wrap_collator is not None:
         run.wrap_collator = partial(run.wrap_collator, move_positions=moves_positions)
     if has_trainer:
+        metrics.add_to_log(run)
         changes.append(trainer.inject_collator(run, partial(wrap_collator, move_positions=moves_positions)))
     return "; ".join(changes)
 
@@ -56,9 +57,10 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str |
 def fastft_inject_router(run: Run, experts_fn: Callable[..., Any]) -> str | None:
     if "transformers" not in sys.modules:
         return None
-    from fastft_hf import experts
+    from fastft_hf import experts, metrics
 
     _check_that_the_model_stays(run)
+    metrics.add_to_log(run)
     return experts.inject_experts(run, experts_fn)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastft_hf.classes import written_class
 from fastft_hf.families import FAMILIES, Family
 
 # Attention implementations whose results packed attention reproduces.
@@ -55,13 +56,14 @@ def layer_kinds(config: Any) -> frozenset[str]:
 
 
 def _why_not_class(causal_lm: PreTrainedModel) -> str | None:
-    name, family = type(causal_lm).__name__, family_of(causal_lm)
+    written = written_class(causal_lm)
+    name, family = written.__name__, family_of(causal_lm)
     if not family.layers:
         return f"{name}: {family.reason}"
     untested = layer_kinds(causal_lm.config) - family.layers
     if untested:
         return f"layers of the kind '{min(untested)}' are not tested for model type '{causal_lm.config.model_type}'"
-    if not type(causal_lm).__module__.startswith("transformers.models."):
+    if not written.__module__.startswith("transformers.models."):
         return f"{name} is not transformers' own class, so its forward and loss are unknown"
     if hasattr(causal_lm, "_loss_function") or getattr(causal_lm, "loss_type", None) != "ForCausalLM":
         return f"{name} has a loss function of its own, which may not be a sum over tokens"
@@ -98,8 +100,9 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
 def why_not_inside(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
     """The reason if a module around ``causal_lm`` may compute a loss, or change the batch, in a way of its own."""
     for module in _holders(model, causal_lm)[:-1]:
-        if type(module).__module__.split(".")[0] not in _KNOWN_WRAPPERS:
-            return f"{type(module).__name__} around the model may have a loss of its own that is no sum over tokens"
+        written = written_class(module)
+        if written.__module__.split(".")[0] not in _KNOWN_WRAPPERS:
+            return f"{written.__name__} around the model may have a loss of its own that is no sum over tokens"
     return None
 
 

@@ -42,6 +42,13 @@ def find_trainer(callback: Any) -> Trainer | None:
     return None
 
 
+def move_last(callback: Any, trainer: Trainer) -> None:
+    """Make ``callback`` the last one: another that fails in on_train_begin then fails before anything is changed."""
+    handler = trainer.callback_handler
+    # A new list: the old one may be being iterated over.
+    handler.callbacks = [*(other for other in handler.callbacks if other is not callback), callback]
+
+
 def guard(run: Run, trainer: Trainer, starter: Any) -> None:
     """Stop ``run`` when an exception leaves the training loop: no callback event is fired then.
 

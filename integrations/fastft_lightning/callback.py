@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastft_lightning import namespaces
 from fastft_lightning.traps import warn_about_traps
 from fastft_plugins.config import FastFTConfig
+from fastft_plugins.metrics import Window
 from fastft_plugins.report import Report
 from fastft_plugins.run import Run, Target, active_run
 
@@ -41,6 +42,7 @@ class FastFTLightningCallback(Callback):
         self.config = FastFTConfig.coerce(config)
         self.report = Report()
         self._run: Run | None = None
+        self._window: Window | None = None
         self._block: Run | None = None  # the `apply(trainer)` block this callback was made for
 
     @classmethod
@@ -63,6 +65,15 @@ class FastFTLightningCallback(Callback):
             self.close()
             self._log(trainer)
 
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Send our numbers to the Trainer's loggers on the steps whose own metrics it sends."""
+        if self._window is not None and trainer._logger_connector.should_update_logs:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            if not trainer.fit_loop._should_accumulate():
+                measured = self._window.close(step)
+                for logger in trainer.loggers if measured else ():
+                    logger.log_metrics(measured, step=step)
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.close(exception)
 
@@ -78,11 +89,11 @@ class FastFTLightningCallback(Callback):
         """End the run and restore everything; may be called at any time, and twice."""
         if self._run is not None:
             self._run.stop(error)
-            self._run = None
+            self._run = self._window = None
 
     def __getstate__(self) -> dict[str, Any]:
         """ddp_spawn pickles the callback before the run; a run never leaves its process."""
-        return vars(self) | {"_run": None, "_block": None}
+        return vars(self) | {"_run": None, "_block": None, "_window": None}
 
     def _start(self, target: Target) -> bool:
         """Start a run of our own, unless one is active already: a second callback, or an `apply` block."""
@@ -96,6 +107,7 @@ class FastFTLightningCallback(Callback):
             return False
         self._run = run
         run.start()
+        self._window = Window(run)
         return True
 
     def _call_me_first(self, trainer: Any) -> None:

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
+from fastft_plugins import auto
+
+logger = logging.getLogger("fastft")
+
 
 def callbacks() -> list[Any]:
-    """The callback of the `FastFTPlugin` in the ``plugins=`` of the Trainer being made; for any other Trainer, none.
+    """The callback of the `FastFTPlugin` in the ``plugins=`` of the Trainer being made.
 
-    Lightning calls the factory without arguments, but the Trainer is ``self`` in a calling frame.
+    Any other Trainer gets none, unless FASTFT_AUTO=1 asks for one and it has none of its own.
     """
+    if "fastft_lightning.marker" not in sys.modules and not auto.is_on():
+        return []  # no FastFTPlugin was ever made
+    trainer = _trainer_being_made()
+    plugin = getattr(trainer.get("_accelerator_connector"), "_layer_sync", None)
     marker = sys.modules.get("fastft_lightning.marker")
-    if marker is None:  # then no FastFTPlugin was ever made
-        return []
+    if marker is not None and isinstance(plugin, marker.FastFTPlugin):
+        return [plugin.callback]
+    return _automatic(trainer) if trainer and auto.is_on() else []
+
+
+def _trainer_being_made() -> dict[str, Any]:
+    """The attributes of the Trainer, which is ``self`` in a calling frame: the factory gets no arguments."""
     frame = sys._getframe(1)
     while frame is not None:
         # Through __dict__, because any object may be self in a calling frame, also one whose attributes have effects.
-        connector = getattr(frame.f_locals.get("self"), "__dict__", {}).get("_accelerator_connector")
-        plugin = getattr(connector, "_layer_sync", None)
-        if isinstance(plugin, marker.FastFTPlugin):
-            return [plugin.callback]
-        if connector is not None:
-            return []
+        attributes: Any = getattr(frame.f_locals.get("self"), "__dict__", {})
+        if attributes.get("_accelerator_connector") is not None:
+            return dict(attributes)
         frame = frame.f_back  # type: ignore[assignment]
-    return []
+    return {}
+
+
+def _automatic(trainer: dict[str, Any]) -> list[Any]:
+    try:
+        from fastft_lightning.auto import AutoLightningCallback
+        from fastft_lightning.callback import FastFTLightningCallback
+    except Exception as error:
+        logger.warning("fastft: cannot be switched on, training stays stock (%s)", error)
+        return []
+    # Lightning extends the user's own list, so a second Trainer with it brings the first one's callback along.
+    has_own = any(isinstance(callback, FastFTLightningCallback) for callback in trainer.get("callbacks", ()))
+    return [] if has_own else [AutoLightningCallback()]

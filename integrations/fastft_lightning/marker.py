@@ -17,8 +17,6 @@ from fastft_plugins.config import FastFTConfig
 from fastft_plugins.errors import FastFTError
 from fastft_plugins.report import Report
 
-_FACTORY = "fastft_lightning.factory:callbacks"
-
 
 class FastFTPlugin:
     """``lightning.Trainer(..., plugins=[FastFTPlugin()])``, with any precision and strategy, in both namespaces.
@@ -37,7 +35,7 @@ class FastFTPlugin:
     def __init__(self, config: FastFTConfig | Mapping[str, Any] | None = None) -> None:
         _join_layer_sync()
         self.callback = FastFTLightningCallback(config)
-        if not any(entry.value == _FACTORY for entry in entry_points(group="lightning.pytorch.callbacks_factory")):
+        if not any(entry.value == namespaces.FACTORY for entry in entry_points(group=namespaces.FACTORY_GROUP)):
             raise FastFTError(
                 "FastFTPlugin works through an entry point that is not installed here: pip install "
                 "'fastft-plugins[lightning]', or pass callbacks=[FastFTLightningCallback()] of fastft_lightning"

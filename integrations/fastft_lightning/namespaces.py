@@ -8,6 +8,8 @@ import sys
 from types import ModuleType
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
+# The entry point through which a Trainer gets its callback, and the group where Lightning looks for it.
+FACTORY, FACTORY_GROUP = "fastft_lightning.factory:callbacks", "lightning.pytorch.callbacks_factory"
 
 
 def loaded() -> list[ModuleType]:

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from fastft_hf import FastFTCallback
-from fastft_hf.trainer import find_trainer
+from fastft_hf.trainer import find_trainer, move_last
 from fastft_plugins.config import FastFTConfig
 from fastft_plugins.report import Report
 
@@ -17,12 +17,13 @@ class FlagCallback(FastFTCallback):
     """`FastFTCallback` with the config that it finds in the Trainer's own arguments."""
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Go last: a callback that fails in on_train_begin then fails before anything has been changed."""
+        """Go last."""
         trainer = find_trainer(self) if _is_set(args) else None
         if trainer is not None:
-            handler = trainer.callback_handler
-            # A new list: the old one is being iterated over.
-            handler.callbacks = [*(other for other in handler.callbacks if other is not self), self]
+            move_last(self, trainer)
+
+    def is_asked_for(self, args: TrainingArguments) -> bool:
+        return _is_set(args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,131 @@
+"""``fastft doctor``: the decision that a run would make, from a config alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hf_helpers import tiny_model
+
+from fastft_plugins import apply
+from fastft_plugins.cli import main
+from fastft_plugins.cli.doctor import examine
+from fastft_plugins.cli.meta_model import read_config
+from fastft_plugins.manager import PluginManager
+from fastft_plugins.shapes import SHAPES
+
+
+@pytest.fixture
+def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], plugin_manager: PluginManager) -> Any:
+    """Call the command in this process; returns exit code, output and errors."""
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastft", "doctor", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("overrides", [{}, {"attention_dropout": 0.1}, {"rope_parameters": {"rope_type": "dynamic"}}])
+def test_the_decision_is_a_runs_own(overrides: dict[str, Any], plugin_manager: PluginManager) -> None:
+    if "rope_parameters" in overrides:
+        overrides["rope_parameters"] |= {"factor": 2.0, "rope_theta": 10000.0}
+    model = tiny_model(**overrides)
+    found = examine("tiny", model.config)
+    with apply(model) as run:
+        decided = {name: (entry.enabled, entry.reason) for name, entry in run.report.features.items()}
+    assert {name: (each["enabled"], each["reason"]) for name, each in found["features"].items()} == decided
+    assert found["features"]["packing"]["enabled"] is not bool(overrides)
+    assert found["dry_run"].startswith("not needed" if overrides else "passed")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_decided_without_its_memory(shape: str, plugin_manager: PluginManager) -> None:
+    found = examine(*read_config(None, shape))
+    assert found["dry_run"].startswith("passed")
+    (kernel, *others) = found["features"]["packing"]["kernels"]
+    assert "shapes only" not in kernel and not others
+    assert "fastft doctor" not in [status.name for status in plugin_manager.statuses]
+
+
+@pytest.mark.gpu
+def test_experts_on_a_gpu(plugin_manager: PluginManager) -> None:
+    found = examine(*read_config(None, "qwen3-30b-a3b"))["features"]
+    assert found["moe"]["enabled"] and "gate_up_proj: " in found["moe"]["kernels"][0]
+    assert found["packing"]["kernels"] == ["flash varlen"]
+
+
+def test_a_folder_and_its_config(doctor: Any, tmp_path: Any) -> None:
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    code, text, _ = doctor(tmp_path)
+    assert code == 0
+    assert "packing: on" in text and "dry run passed" in text and "moe: off" in text
+    code, text, _ = doctor(tmp_path / "config.json", "--json")
+    found = json.loads(text)
+    assert code == 0
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert found["features"]["moe"]["expected_gain"].startswith("none")
+
+
+def test_quantisation_is_left_out_and_said(doctor: Any, tmp_path: Any) -> None:
+    config = tiny_model().config
+    config.quantization_config = {"quant_method": "mxfp4"}
+    config.save_pretrained(tmp_path)
+    code, text, _ = doctor(tmp_path)
+    assert code == 0 and "as if the weights were not quantised" in " ".join(text.split())
+
+
+def test_a_model_that_is_no_language_model(doctor: Any, tmp_path: Any) -> None:
+    transformers.ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1).save_pretrained(tmp_path)
+    code, text, _ = doctor(tmp_path)
+    assert code == 0
+    assert "packing: off" in text and "is no causal language model" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "cannot read this config"),
+        ('{"model_type": "nope"}', "does not recognize this architecture"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "transformers cannot"),
+        ('{"model_type": "foo", "auto_map": {"AutoConfig": "own.Config"}}', "without code of its own"),
+    ],
+)
+def test_a_config_that_cannot_be_used(doctor: Any, tmp_path: Any, content: str, problem: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    code, text, errors = doctor(tmp_path)
+    assert code == 1 and not text
+    assert str(tmp_path) in errors and problem in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["nowhere"], "nowhere: no such folder or file"),
+        (["--shape", "qwen3-14"], "--shape qwen3-14: is not known; allowed: llama-1b"),
+        ([], "needs either a model folder or config.json, or --shape NAME"),
+        (["x", "--shape", "llama-1b"], "needs either"),
+    ],
+)
+def test_a_mistake_in_the_arguments(doctor: Any, arguments: list[str], problem: str) -> None:
+    code, _, errors = doctor(*arguments)
+    assert code == 1
+    assert problem in errors
+
+
+def test_a_dry_run_that_fails(doctor: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("no\nluck")
+
+    tiny_model().config.save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", fail)
+    code, text, _ = doctor(tmp_path)
+    assert code == 3
+    assert "failed: RuntimeError: no" in text
