@@ -54,6 +54,15 @@ def test_every_shape_is_decided_without_its_memory(shape: str, plugin_manager: P
     assert "fastft doctor" not in [status.name for status in plugin_manager.statuses]
 
 
+def test_checkpointing_where_there_is_memory_to_copy_to(
+    plugin_manager: PluginManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastft_plugins.kernels.transfer.why_no_transfer", lambda device: None)
+    found = examine(*read_config(None, "tiny-qwen3"))
+    assert found["features"]["checkpointing"]["enabled"] and found["dry_run"].startswith("passed")
+    assert found["features"]["checkpointing"]["expected_gain"].startswith("memory, not speed")
+
+
 @pytest.mark.gpu
 def test_experts_on_a_gpu(plugin_manager: PluginManager) -> None:
     found = examine(*read_config(None, "qwen3-30b-a3b"))["features"]

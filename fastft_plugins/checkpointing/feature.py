@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint
+from fastft_plugins.device import training_device
 from fastft_plugins.errors import NothingToWin
 from fastft_plugins.kernels import transfer
 
@@ -24,10 +25,10 @@ class CheckpointingFeature:
 
     def start(self, run: Run) -> str:
         """See `fastft_plugins.run.Feature`."""
-        parameter = next(run.model.parameters(), None)
-        if parameter is None:
+        device = training_device(run.model)
+        if device is None:
             raise NothingToWin("the model has no parameters")
-        reason = transfer.why_no_transfer(parameter.device)
+        reason = transfer.why_no_transfer(device)
         if reason is not None:
             raise NothingToWin(reason)
         changes = run.call("fastft_inject_reloader", checkpoint_fn=self._checkpoint)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastft_plugins.device import training_device
 from fastft_plugins.errors import NothingToWin
 from fastft_plugins.kernels.dispatch import choices
 from fastft_plugins.kernels.triton_support import TensorCall, triton_rejects
@@ -39,12 +40,9 @@ class MoEFeature:
             entry.changes.extend(f"{op} kernel: {choice}" for choice in choices(op))
 
     def _check_that_it_helps(self, run: Run) -> None:
-        parameter = next(run.model.parameters(), None)
-        if parameter is None:
+        device = training_device(run.model)
+        if device is None:
             raise NothingToWin("the model has no parameters")
-        device = parameter.device
-        if device.type == "meta":  # not on its device yet, which will be this machine's
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reason = triton_rejects(TensorCall(device, torch.bfloat16))
         if reason is not None:
             raise NothingToWin(f"nothing to win here, it {reason}; moe='on' switches it on all the same")
