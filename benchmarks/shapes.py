@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
