@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastft_hf import FastFTCallback
     from fastft_lightning import FastFTPlugin
+    from fastft_plugins.blocks import apply
     from fastft_plugins.config import FastFTConfig
     from fastft_plugins.errors import FastFTConfigError, FastFTError
     from fastft_plugins.hookspecs import hookimpl
-    from fastft_plugins.run import apply
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,7 +32,7 @@ _HOMES = {
     "FastFTError": "fastft_plugins.errors",
     "FastFTConfigError": "fastft_plugins.errors",
     "hookimpl": "fastft_plugins.hookspecs",
-    "apply": "fastft_plugins.run",
+    "apply": "fastft_plugins.blocks",
 }
 # Name: its package, the frameworks of which one must be installed, the extra that installs them.
 _ADAPTERS = {

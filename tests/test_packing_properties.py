@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
+from fastft_hf import decoder_hook
 from fastft_hf import model as hf_model
 from fastft_plugins import FastFTError, apply
 from fastft_plugins.kernels import segments
@@ -189,7 +190,7 @@ def continue_positions(monkeypatch):
         return row_of(ids_T, labels_T, torch.arange(len(ids_T)).pow(2) // 2, *rest)
 
     monkeypatch.setattr(collator, "_row", continued)
-    monkeypatch.setattr(hf_model, "_why_stale", lambda *batch: None)
+    monkeypatch.setattr(decoder_hook, "_why_stale", lambda *batch: None)
 
 
 def leak_through_the_scale(monkeypatch):

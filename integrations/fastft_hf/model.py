@@ -15,27 +15,21 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastft_hf.classes import written_class
-from fastft_hf.families import Family
+from fastft_hf.decoder_hook import DecoderHook
 from fastft_hf.stand_in import StandInConfig
 from fastft_hf.suitability import dropout_of, family_of, why_not
 from fastft_plugins.errors import Declined, FastFTError
-from fastft_plugins.hooks import RunHook
-from fastft_plugins.packing import METADATA_KEY, PackedMetadata, packed_attention
-from fastft_plugins.packing.collator import PACKED_KEYS
-from fastft_plugins.packing.counting import count_of, count_packed, count_unpacked
-from fastft_plugins.packing.metadata import NotPacked
+from fastft_plugins.packing import METADATA_KEY, packed_attention
 from fastft_plugins.run import Run
 
 # Floating-point arguments of attention that packed attention honours.
 _KNOWN = ("s_aux",)
 _ATTENTION_NAME = "fastft"  # without "flash": transformers treats such names as FlashAttention
-_BARE = "no packed metadata came with it; in a loop of your own, give the loader run.collator(collator)"
 
 
 def find_causal_lm(model: nn.Module) -> PreTrainedModel | None:
@@ -95,7 +89,7 @@ def inject_packed_attention(run: Run, causal_lm: PreTrainedModel, *, counts_bare
     for attention in attentions:
         run.ledger.setattr(attention, "config", StandInConfig(attention.config, _attn_implementation=_ATTENTION_NAME))
     decoder = _innermost_model(causal_lm, attentions)
-    hook = _MetadataHook(run, family_of(causal_lm), counts_bare)
+    hook = DecoderHook(run, family_of(causal_lm), counts_bare)
     run.ledger.record(
         "the decoder's forward pre-hook", decoder.register_forward_pre_hook(hook, with_kwargs=True).remove
     )
@@ -113,92 +107,6 @@ def _is_attention(module: nn.Module) -> bool:
     """Whether the module looks its attention function up in transformers' registry, by the name in its config."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
-
-
-class _MetadataHook(RunHook):
-    """The decoder's forward pre-hook: readies a packed batch for attention, and counts the batches that train."""
-
-    def __init__(self, run: Run, family: Family, counts_bare: bool) -> None:
-        super().__init__(run)
-        self.family, self.counts_bare = family, counts_bare
-
-    def __call__(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        metadata = kwargs.get(METADATA_KEY)
-        is_training = decoder.training and torch.is_grad_enabled()
-        if metadata is None:
-            if is_training and self.counts_bare:
-                count_unpacked(self.run, _BARE, None)
-            count_of(self.run).may_have_trained |= torch.is_grad_enabled() and self.counts_bare
-            return None
-        kwargs = dict(kwargs)
-        if kwargs.get("past_key_values") is not None:  # the caller continues a sequence, and means what stock does
-            metadata = NotPacked("past_key_values came with it")
-        if isinstance(metadata, NotPacked):
-            if is_training:
-                count_unpacked(self.run, metadata.reason, metadata)
-            for key in (METADATA_KEY, *PACKED_KEYS):
-                kwargs.pop(key, None)
-            return args, kwargs
-        _check_unchanged(metadata, args, kwargs)
-        _check_positions(metadata, self.family)
-        if torch.is_grad_enabled():  # whatever the mode: models come from_pretrained in that of evaluation
-            count_packed(self.run, metadata)
-        device = _inputs(args, kwargs).device
-        if metadata.cu_seqlens.device != device:  # loops that move tensors alone leave it behind
-            kwargs[METADATA_KEY] = metadata = metadata.to(device, non_blocking=True)
-        kwargs["attention_mask"] = _make_mask(metadata)
-        kwargs["use_cache"] = False
-        return args, kwargs
-
-
-def _check_unchanged(metadata: PackedMetadata, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise for a row that is no longer the one the metadata was made for: as one sequence, its documents would mix."""
-    reason = _why_stale(metadata, args, kwargs)
-    if reason is not None:
-        raise FastFTError(
-            f"{reason}: this packed row is not what its metadata says, and its padding, with which stock could train "
-            "it, is gone. Change batches inside the collator, before they are packed, or train with packing='off'"
-        )
-
-
-def _check_positions(metadata: PackedMetadata, family: Family) -> None:
-    if metadata.moved_positions and not family.moves_positions:
-        raise FastFTError(
-            f"a document of this packed batch stood behind padding, and {family.reason}: "
-            "use PaddingFreeCollator(collator, move_positions=False), which keeps such batches padded"
-        )
-
-
-def _make_mask(metadata: PackedMetadata) -> Tensor:
-    """4-D, so masking returns it untouched; of size zero, so a stock attention function would fail on it."""
-    mask = metadata.cu_seqlens[:0].view(1, 1, 0, 0)
-    mask.fastft_metadata = metadata  # type: ignore[attr-defined]
-    return mask
-
-
-def _inputs(args: Any, kwargs: dict[str, Any]) -> Any:
-    """The decoder's ``[B, T]`` input_ids or ``[B, T, hidden]`` inputs_embeds."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    return kwargs.get("inputs_embeds") if ids is None else ids
-
-
-def _why_stale(metadata: PackedMetadata, args: Any, kwargs: dict[str, Any]) -> str | None:
-    """The reason if the batch is no longer the one the metadata was made for. Never waits for a GPU."""
-    inputs = _inputs(args, kwargs)
-    if inputs is None or tuple(inputs.shape[:2]) != (1, metadata.total_tokens):
-        return "the batch changed shape after the collator"
-    if kwargs.get("attention_mask") is not None:
-        return "the batch got an attention_mask after the collator"
-    position_ids = kwargs.get("position_ids")
-    if position_ids is None or position_ids.shape != (1, metadata.total_tokens):
-        return "position_ids were removed or changed shape after the collator"
-    if position_ids.device.type == "cpu":
-        starts_T = position_ids[0].diff(prepend=position_ids[0, :1]) != 1
-        if not torch.equal(starts_T.nonzero().flatten(), metadata.cu_seqlens[:-1].long()):
-            return "position_ids were changed after the collator"
-    elif not position_ids.is_inference() and position_ids._version:  # a fresh copy on the device has version 0
-        return "position_ids were changed in place after the collator"
-    return None
 
 
 def _attention_forward(
