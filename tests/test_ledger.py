@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
 
 import pytest
@@ -217,6 +218,20 @@ def test_a_shared_change_that_fails_to_install_is_not_counted(ledger):
     ledger.share("fails once", lambda: events.append("install"), lambda: events.append("remove"))
     ledger.close()
     assert events == ["install", "remove"]
+
+
+def test_a_run_may_be_collected_while_another_installs():
+    """The garbage collector runs anywhere, also where a shared change is being made."""
+    events, old, new, runs = [], Ledger(), Ledger(), [Trainer()]
+    old.share("of the old run", lambda: None, lambda: events.append("remove the old run's"))
+    weakref.finalize(runs[0], old.close)  # as a `Run` has it
+    arguments = ("of the new run", runs.clear, lambda: events.append("remove the new run's"))
+    thread = threading.Thread(target=new.share, args=arguments, daemon=True)  # a deadlock must not hang the tests
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive() and events == ["remove the old run's"]
+    new.close()
+    assert events == ["remove the old run's", "remove the new run's"]
 
 
 def test_the_owner_is_not_kept_alive(ledger):
