@@ -128,6 +128,16 @@ def test_moving_a_batch_moves_its_metadata():
     assert batch.input_ids.device.type == batch[METADATA_KEY].cu_seqlens.device.type == "meta"
 
 
+def test_metadata_that_stayed_behind_follows_the_tokens_to_their_device():
+    """Loops that move tensors alone leave it on the host."""
+    model = tiny_model().train().to("meta")
+    with apply(model, {"packing": "on"}) as run:
+        batch = run.collator(Pad())(documents(4))
+        moved = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        assert moved[METADATA_KEY].cu_seqlens.device.type == "cpu"
+        assert model(**moved).logits.shape[1] == batch[METADATA_KEY].total_tokens
+
+
 # What the report says
 
 

@@ -25,6 +25,7 @@ from fastft_hf.stand_in import StandInConfig
 from fastft_hf.suitability import family_of, why_not
 from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.hooks import RunHook
+from fastft_plugins.kernels import segments
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, packed_attention
 from fastft_plugins.packing.collator import PACKED_KEYS
 from fastft_plugins.packing.counting import count_of, count_packed, count_unpacked
@@ -187,7 +188,7 @@ def _why_stale(metadata: PackedMetadata, args: Any, kwargs: dict[str, Any]) -> s
         return "position_ids were removed or changed shape after the collator"
     if position_ids.device.type == "cpu":
         starts_T = position_ids[0].diff(prepend=position_ids[0, :1]) != 1
-        if not torch.equal(starts_T.nonzero().flatten(), metadata.cu_seqlens[:-1].long()):
+        if tuple(segments.lengths_of(starts_T)) != metadata.lengths:
             return "position_ids were changed after the collator"
     elif not position_ids.is_inference() and position_ids._version:  # a fresh copy on the device has version 0
         return "position_ids were changed in place after the collator"
