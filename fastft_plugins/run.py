@@ -15,7 +15,6 @@ from fastft_plugins.config import FEATURES, FastFTConfig
 from fastft_plugins.errors import Declined, FastFTConfigError, FastFTError, NothingToWin
 from fastft_plugins.ledger import Ledger
 from fastft_plugins.manager import get_plugin_manager
-from fastft_plugins.packing.guard import refuse_packed_batches
 from fastft_plugins.report import FeatureReport, Report
 
 logger = logging.getLogger("fastft")
@@ -38,7 +37,10 @@ class Target:
 
 
 class Feature(Protocol):
-    """One optimisation. ``name`` is a field of `FastFTConfig`; a plugin's own feature has no field, and is "auto"."""
+    """One optimisation. ``name`` is a field of `FastFTConfig`; a plugin's own feature has no field, and is "auto".
+
+    A feature may also have ``stay_off(run)``, called where it is switched off or declined, once all have decided.
+    """
 
     name: str
 
@@ -161,8 +163,9 @@ class Run:
                 offered.update({feature.name: feature for feature in result})
         for name in dict.fromkeys((*FEATURES, *offered)):
             self._start_feature(name, offered.get(name))
-        if not self.report.features["packing"].enabled:
-            refuse_packed_batches(self)
+        for name, feature in offered.items():
+            if not self.report.features[name].enabled and hasattr(feature, "stay_off"):
+                feature.stay_off(self)
 
     def _start_feature(self, name: str, feature: Feature | None) -> None:
         entry, mode = self.report.features.setdefault(name, FeatureReport(name)), self._mode(name)

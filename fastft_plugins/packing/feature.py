@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastft_plugins.kernels.dispatch import choices, forget
 from fastft_plugins.packing.collator import PaddingFreeCollator
 from fastft_plugins.packing.counting import BatchCount, count_of
+from fastft_plugins.packing.guard import refuse_packed_batches
 
 if TYPE_CHECKING:
     from fastft_plugins.report import FeatureReport
@@ -29,6 +30,10 @@ class PackingFeature:
         changes = run.call("fastft_inject_metadata", wrap_collator=PaddingFreeCollator)
         run.report.features[self.name].changes.extend(changes)
         return "batches are packed without padding, loss and gradients stay those of the padded run"
+
+    def stay_off(self, run: Run) -> None:
+        """See `fastft_plugins.run.Feature`."""
+        refuse_packed_batches(run)
 
     def stop(self, run: Run) -> None:
         """See `fastft_plugins.run.Feature`."""
