@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastft_hf import foreign
 from fastft_hf.families import FAMILIES, Family
+from fastft_hf.stand_in import StandInConfig
 
 # Attention implementations whose results packed attention reproduces.
 _IMPLEMENTATIONS = ("sdpa", "eager")
@@ -15,6 +18,7 @@ _IMPLEMENTATIONS = ("sdpa", "eager")
 _KNOWN_WRAPPERS = ("peft", "torch", "accelerate", "transformers")
 # Rotary embeddings whose angles depend on the longest row of the padded batch.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_RANDOM = "what it draws at random depends on the padding, packed attention has no dropout"
 
 
 def family_of(causal_lm: PreTrainedModel) -> Family:
@@ -25,7 +29,33 @@ def family_of(causal_lm: PreTrainedModel) -> Family:
 
 def why_not(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
     """The reason why ``causal_lm``, inside ``model``, cannot be packed exactly, or None."""
-    return _why_not_class(causal_lm) or _why_not_config(causal_lm.config) or _why_not_wrapper(model)
+    return (
+        _why_not_class(causal_lm)
+        or _why_not_config(causal_lm.config)
+        or _why_not_wrapper(model)
+        or foreign.replaced_forward([causal_lm])
+        or foreign.forward_hook([causal_lm])
+    )
+
+
+def why_not_attention(causal_lm: PreTrainedModel, attentions: Sequence[nn.Module]) -> str | None:
+    """The reason why these layers of ``causal_lm`` cannot be served, or None."""
+    name = type(causal_lm).__name__
+    if not attentions:
+        return f"no layer of {name} takes its attention from transformers' interface"
+    for attention in attentions:
+        config: Any = attention.config
+        if isinstance(config, StandInConfig):
+            return f"another run, on a module around {name} or inside it, packs its attention; use that run, or end it"
+        if not getattr(attention, "is_causal", True):
+            return f"attention layers of {name} are not causal; packed attention is"
+        for attribute, value in (*vars(attention).items(), *attention.named_children()):
+            rate = value.p if isinstance(value, nn.Dropout) else value
+            if "drop" in attribute and isinstance(rate, float) and rate > 0:
+                return f"{attribute} of {type(attention).__name__} is {rate}; {_RANDOM}"
+    # Only the modules that hold attention: it is common, and harmless, to replace what treats each token by itself.
+    wanted = set(attentions)
+    return foreign.replaced_forward(module for module in causal_lm.modules() if wanted & set(module.modules()))
 
 
 def layer_kinds(config: Any) -> frozenset[str]:
@@ -57,7 +87,7 @@ def _why_not_config(config: Any) -> str | None:
     for name, value in sorted(config.to_dict().items()):
         is_random = ("drop" in name or "jitter" in name) and not name.startswith(("classifier", "summary"))
         if is_random and isinstance(value, float) and value > 0:
-            return f"{name} is {value}; what it draws at random depends on the padding, packed attention has no dropout"
+            return f"{name} is {value}; {_RANDOM}"
     if getattr(config, "output_attentions", False):
         return "output_attentions is set; packed attention never forms the attention weights"
     if not getattr(config, "is_causal", True):
@@ -84,7 +114,7 @@ def why_not_inside(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
     for module in around:
         if type(module).__module__.split(".")[0] not in _KNOWN_WRAPPERS:
             return f"{type(module).__name__} around the model may have a loss of its own that is no sum over tokens"
-    return None
+    return foreign.replaced_forward(around) or foreign.forward_hook(around)
 
 
 def _why_not_wrapper(model: nn.Module) -> str | None:
