@@ -82,6 +82,13 @@ class Run:
         mine = self.target.trainer
         return not self.is_orphan and (mine is None or trainer is None or trainer is mine)
 
+    def join(self, config: FastFTConfig) -> None:
+        """Called instead of starting a run with ``config`` on the same model: say so if that is another one."""
+        note = f"a second config, {config}, joined this run and is not used; the run keeps {self.config}"
+        if config != self.config and note not in self.report.notes:
+            self.report.notes.append(note)
+            logger.warning("fastft: %s", note)
+
     def collator(self, inner: Any) -> Any:
         """The collator for the loader of your own loop: ``inner``, made padding-free if this run packs its batches.
 
@@ -264,6 +271,8 @@ class apply:
 
     def __enter__(self) -> Run:
         outer = joinable_run(self._run.model, self._run.target.trainer)
+        if outer is not None:
+            outer.join(self._run.config)
         run = self._run.start() if outer is None else outer
         self._joined.append(outer is not None)
         return run

@@ -79,6 +79,56 @@ def test_a_failed_run_leaves_nothing(tmp_path, event, error):
     assert callback.report.state == f"stopped by {type(error).__name__}"
 
 
+class EvaluatesAndGoesOn(TrainerCallback):
+    """Evaluates in the middle of training, fails in it, and catches the failure."""
+
+    def evaluate(self, args, state, control, **kwargs):
+        with pytest.raises(RuntimeError, match="no room"):
+            self.trainer.evaluate()
+
+    on_train_begin = on_epoch_begin = on_step_end = evaluate
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        raise RuntimeError("no room")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_that_is_caught_inside_training_does_not_end_the_run(tmp_path, workers):
+    ours, evaluates = FastFTCallback(), EvaluatesAndGoesOn()
+    options = {"dataloader_num_workers": workers, "dataloader_persistent_workers": bool(workers), "max_steps": 4}
+    evaluates.trainer = make_trainer(
+        tmp_path, tiny_model(), callbacks=[ours, evaluates], trainer_options={"eval_dataset": documents(4)}, **options
+    )
+    evaluates.trainer.train()
+    assert ours.report.state == "finished" and len(losses(evaluates.trainer)) == 4
+    assert ours.report.features["packing"].metrics["packed_batches"] == 4
+
+
+class FailsWhereNoEventIsFired(Trainer):
+    """In an evaluation before the first epoch, or when the last figures are logged."""
+
+    def evaluate(self, *args, **kwargs):
+        raise RuntimeError("no room")
+
+    def log(self, logs, *args, **kwargs):
+        if "train_runtime" in logs:
+            raise RuntimeError("no tracker")
+        super().log(logs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{"eval_on_start": True, "eval_strategy": "epoch"}, {}], ids=["first", "last"])
+def test_an_error_before_the_first_epoch_or_after_the_last_one_leaves_nothing(tmp_path, options):
+    options = {"trainer_class": FailsWhereNoEventIsFired, "trainer_options": {"eval_dataset": documents(4)}, **options}
+    callback = FastFTCallback()
+    stock = make_trainer(tmp_path, tiny_model(), **options)
+    ours = make_trainer(tmp_path, tiny_model(), callbacks=[callback], **options)
+    for trainer in (stock, ours):
+        with pytest.raises(RuntimeError, match="no room" if "eval_on_start" in options else "no tracker"):
+            trainer.train()
+    assert_nothing_is_left(ours, stock)
+    assert callback.report.state == "stopped by RuntimeError"
+
+
 def test_an_error_inside_the_model_leaves_nothing(tmp_path):
     stock, ours = (
         make_trainer(tmp_path, tiny_model()),

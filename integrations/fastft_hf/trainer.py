@@ -45,21 +45,26 @@ def find_trainer(callback: Any) -> Trainer | None:
 def guard(run: Run, trainer: Trainer, starter: Any) -> None:
     """Stop ``run`` when an exception leaves the training loop: no callback event is fired then.
 
+    One that leaves a call inside another guarded call has not left it: a callback may evaluate, fail and go on.
     ``starter`` is the callback in whose on_train_begin this happens; those after it can still fail in theirs, which
     this event's own call, already under way, would not notice.
     """
-    run_ref = weakref.ref(run)
+    run_ref, depth = weakref.ref(run), 0
 
     def stop_on_error(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            depth += 1
             try:
                 return function(*args, **kwargs)
             except BaseException as error:
                 run = run_ref()
-                if run is not None:
+                if run is not None and depth == 1:
                     run.stop(error)
                 raise
+            finally:
+                depth -= 1
 
         return guarded
 

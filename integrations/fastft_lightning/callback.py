@@ -92,6 +92,7 @@ class FastFTLightningCallback(Callback):
         if self._block is not None:
             self._block.report = run.report
         if outer is not None:
+            outer.join(self.config)
             return False
         self._run = run
         run.start()
