@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -134,16 +135,20 @@ def _training_arguments(settings: Settings, directory: str, documents: int, lige
 
 
 def _time_parts(trainer: Trainer, recorder: Recorder) -> None:
-    # Modules inside the model are left alone: only the model that Trainer itself calls is timed. No hook after forward,
-    # which could change the loss, so that fastft would decline: the forward lasts until the backward begins.
-    trainer.model.register_forward_pre_hook(lambda module, args: recorder.begin_part("forward"))
+    # No hooks on the model: what somebody hooks into could be anything, so that fastft would decline.
+    around_loss = trainer.compute_loss_context_manager
     backward = trainer.accelerator.backward
 
+    @contextlib.contextmanager
+    def timed_forward() -> Iterator[None]:
+        with recorder.part("forward"), around_loss():
+            yield
+
     def timed_backward(*args: Any, **kwargs: Any) -> None:
-        recorder.end_part("forward")
         with recorder.part("backward"):
             backward(*args, **kwargs)
 
+    trainer.compute_loss_context_manager = timed_forward
     trainer.accelerator.backward = timed_backward
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class RunHook:
-    """A forward pre-hook that belongs to ``run``. A copy or pickle of it does nothing: copies of a model are stock."""
+    """A hook on a forward that belongs to ``run``. A copy or pickle of it does nothing: copies of a model are stock."""
 
     def __init__(self, run: Run) -> None:
         self.run = run

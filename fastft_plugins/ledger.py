@@ -10,14 +10,17 @@ import contextlib
 import logging
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 logger = logging.getLogger("fastft")
 
 _MISSING = object()
-_lock = threading.RLock()  # an abandoned run may be collected, and undo its share, inside another's install
-_shared_counts: dict[Hashable, int] = {}
+# Reentrant: inside `share` the garbage collector may end another run, whose undo steps take it too.
+_lock = threading.RLock()
+_holders: defaultdict[Hashable, set[object]] = defaultdict(set)  # by key, one object for each run that needs the change
+_installed: set[Hashable] = set()
 
 
 class Ledger:
@@ -60,18 +63,24 @@ class Ledger:
 
     def share(self, key: Hashable, install: Callable[[], None], remove: Callable[[], None]) -> None:
         """Make a process-wide change once for all the runs that need it; the last of them to end removes it."""
-        with _lock:
-            if _shared_counts.get(key, 0) == 0:
-                install()
-            _shared_counts[key] = _shared_counts.get(key, 0) + 1
+        holder = object()
 
         def undo() -> None:
             with _lock:
-                _shared_counts[key] -= 1
-                if _shared_counts[key] == 0:
-                    del _shared_counts[key]
+                _holders[key].discard(holder)
+                if not _holders[key] and key in _installed:
+                    _installed.discard(key)
                     remove()
 
+        with _lock:
+            _holders[key].add(holder)  # first: a run that ends from here on is no longer the last
+            if key not in _installed:
+                try:
+                    install()
+                except BaseException:
+                    _holders[key].discard(holder)
+                    raise
+                _installed.add(key)
         self.record(str(key), undo)
 
     @contextlib.contextmanager

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastft_plugins.moe.load import imbalance
-
 if TYPE_CHECKING:
     from fastft_plugins.run import Run
 
@@ -34,8 +32,7 @@ class Window:
         if run is None or not run.active:
             return {}
         measured = self._packing(run)
-        if run.report.features["moe"].enabled and (ratio := imbalance(run.model)) is not None:
-            measured["expert_imbalance"] = ratio
+        measured |= run.measure()
         if torch.cuda.is_initialized():
             measured["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if measured:

@@ -36,7 +36,12 @@ class Target:
 
 
 class Feature(Protocol):
-    """One optimisation. ``name`` is a field of `FastFTConfig`; a plugin's own feature has no field, and is "auto"."""
+    """One optimisation. ``name`` is a field of `FastFTConfig`; a plugin's own feature has no field, and is "auto".
+
+    A feature may also have ``stay_off(run)``, called where it is switched off or declined, once all have decided; and
+    ``measure(run)``, numbers by name for the trainer's own logs, called at steps that log, so that it may wait for the
+    device.
+    """
 
     name: str
 
@@ -45,8 +50,6 @@ class Feature(Protocol):
 
     def stop(self, run: Run) -> None:
         """Training has ended or failed: add the last figures to the report. The ledger undoes the changes."""
-
-    # A feature may also have ``stay_off(run)``, called in its place where it does not start: switched off or declined.
 
 
 class Run:
@@ -81,9 +84,9 @@ class Run:
         return not self.is_orphan and (mine is None or trainer is None or trainer is mine)
 
     def join(self, config: FastFTConfig) -> None:
-        """Training inside this run is part of it; a config of its own is not obeyed, which must not go unnoticed."""
-        if config not in (self.config, FastFTConfig()):
-            note = f"a run is active already, so this config is not obeyed: {config}"
+        """Called instead of starting a run with ``config`` on the same model: say so if that is another one."""
+        note = f"a second config, {config}, joined this run and is not used; the run keeps {self.config}"
+        if config not in (self.config, FastFTConfig()) and note not in self.report.notes:
             self.report.notes.append(note)
             logger.warning("fastft: %s", note)
 
@@ -130,6 +133,14 @@ class Run:
         finally:  # an interrupt during the undo comes out of it, after everything is restored
             self.report.notes.extend(self.ledger.notes)
             _active.pop(id(self.model), None)
+
+    def measure(self) -> dict[str, float]:
+        """What the features that are on have to say for the trainer's own logs."""
+        measured: dict[str, float] = {}
+        for feature in self._features:
+            if hasattr(feature, "measure"):
+                measured |= feature.measure(self)
+        return measured
 
     def call(self, hook: str, **arguments: Any) -> list[str]:
         """Call a seam on every plugin; returns what they changed.
@@ -215,15 +226,8 @@ class Run:
 
 
 def active_run(model: nn.Module) -> Run | None:
-    """The run that is active on ``model``, on a part of it, or on a module around it, if any."""
-    exact = _active.get(id(model))
-    if exact is not None:
-        return exact
-    parts = set(model.modules())
-    for run in list(_active.values()):
-        if run.model in parts or model in set(run.model.modules()):
-            return run
-    return None
+    """The run that is active on ``model``, if any."""
+    return _active.get(id(model))
 
 
 def joinable_run(model: nn.Module, trainer: Any) -> Run | None:

@@ -140,10 +140,16 @@ def test_right_padding_drops_no_label():
     assert trained(row["labels"]) == trained(torch.tensor(RIGHT["labels"]))
 
 
-def test_the_batch_of_the_inner_collator_is_not_changed():
-    batch = tensors(RIGHT)
+ROWS_OF_SEVERAL = {"input_ids": [[1, 2, 3], [4, 5, 6]], "labels": [[1, 2, 3], [4, 5, 6]]}
+ROWS_OF_SEVERAL["position_ids"] = [[0, 1, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("made", [RIGHT, LEFT, ROWS_OF_SEVERAL], ids=["right", "left", "rows of several documents"])
+def test_the_batch_of_the_inner_collator_is_not_changed(made):
+    batch = tensors(made)
     before = copy.deepcopy(batch)
-    PaddingFreeCollator(as_it_is)(batch)
+    row = PaddingFreeCollator(as_it_is)(batch)
+    assert row["labels"][0, 0] == IGNORE
     assert batch.keys() == before.keys() and all(torch.equal(batch[name], before[name]) for name in before)
 
 
@@ -198,6 +204,16 @@ def test_tokens_that_fill_a_row_up_become_one_document():
     assert PaddingFreeCollator(lambda _: row)(None)[METADATA_KEY].lengths == (3, 1, 1, 1, 1)
 
 
+def test_how_positions_were_made_is_no_change_of_them():
+    """On a GPU, tensors are known to be changed by their version, which in-place code of a collator counts up."""
+    positions = torch.zeros(1, 4, dtype=torch.long)
+    positions[0, 1], positions[0, 3] = 1, 1
+    batch = {"input_ids": positions + 5, "labels": positions + 5, "position_ids": positions}
+    row = PaddingFreeCollator(as_it_is)(batch)
+    assert positions._version > 0 and row["position_ids"]._version == 0
+    assert torch.equal(row["position_ids"], positions)
+
+
 def test_several_packed_rows_become_one():
     row = pack(
         {
@@ -235,6 +251,21 @@ def test_a_row_that_has_its_metadata_is_left_alone():
 )
 def test_batches_that_cannot_be_packed_exactly_pass_with_the_reason(change, reason):
     assert reason in reason_for(tensors({**RIGHT, **change}))
+
+
+def test_a_batch_whose_only_labels_would_be_dropped_passes():
+    """Its loss would be a sum over nothing divided by nothing; stock trains those labels from padding."""
+    first_only = [[IGNORE, 13, IGNORE, IGNORE], [IGNORE] * 3 + [21], [IGNORE] * 4]
+    assert "its only labels are first labels" in reason_for(tensors({**LEFT, "labels": first_only}))
+    one_more = [[IGNORE, 13, IGNORE, IGNORE], [IGNORE] * 3 + [21], [IGNORE] * 3 + [34]]
+    assert pack({**LEFT, "labels": one_more})[METADATA_KEY].dropped_labels == 2
+
+
+def test_columns_on_several_devices_pass():
+    batch = tensors(RIGHT)
+    batch["labels"] = batch["labels"].to("meta")
+    result = PaddingFreeCollator(as_it_is)(batch)
+    assert result[METADATA_KEY].reason == "labels is on another device than input_ids"
 
 
 def test_a_batch_without_labels_passes():
@@ -363,10 +394,10 @@ def test_random_padded_batches_match_documents_worked_out_token_by_token(batch):
                 document_ids.append(ids[column])
                 document_labels.append(IGNORE if is_first else labels[column])
         expected.append((document_ids, document_labels))
-    row = pack(batch)
-    if dropped and all(label == IGNORE for _, labels in expected for label in labels):  # the loss would be 0 / 0
-        assert isinstance(row[METADATA_KEY], NotPacked)
+    if dropped and all(label == IGNORE for _, labels in expected for label in labels):
+        assert "only labels" in reason_for(tensors(batch))
         return
+    row = pack(batch)
     assert documents_of(row) == expected
     assert row[METADATA_KEY].dropped_labels == dropped
     assert trained(row["labels"]) == trained(torch.tensor(batch["labels"])) - dropped

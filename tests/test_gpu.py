@@ -249,3 +249,38 @@ def test_a_loop_that_moves_tensors_alone_trains_packed():
     with apply(model), host_syncs_are_errors():
         expected, got = model(**whole).logits, model(**tensors).logits
     assert torch.equal(expected, got)
+
+
+def rows_of_documents(count):
+    """Rows of three documents each, told apart by their positions alone."""
+    ids = torch.arange(1, 6 * count + 1).view(count, 6)
+    positions = torch.tensor([0, 1, 0, 0, 1, 2]).repeat(count, 1)
+    return {"input_ids": ids, "labels": ids.where(positions > 0, torch.tensor(-100)), "position_ids": positions}
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        padded_batch(),
+        {name: column.flip(1) for name, column in padded_batch().items()},
+        rows_of_documents(1),
+        rows_of_documents(3),
+    ],
+    ids=["right", "left", "one row", "several rows"],
+)
+def test_a_collator_may_make_its_batches_on_the_gpu(batch):
+    model = small_model("llama")
+
+    def made_on_the_gpu(batch):
+        made = {name: torch.zeros_like(column, device="cuda") for name, column in batch.items()}
+        for name, column in batch.items():
+            made[name].copy_(column)  # code in place, which counts up a tensor's version
+        return made
+
+    on_host = PaddingFreeCollator(lambda batch: batch)(batch)
+    on_device = PaddingFreeCollator(made_on_the_gpu)(batch)
+    assert on_device[METADATA_KEY].lengths == on_host[METADATA_KEY].lengths
+    for name, value in on_gpu(on_host).items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(on_device[name], value), name
+    with apply(model, {"packing": "on"}):
+        assert torch.equal(model(**on_device).loss, model(**on_gpu(on_host)).loss)

@@ -83,6 +83,20 @@ def test_left_padded_batches_of_a_model_with_absolute_positions_stay_padded(tmp_
     assert compare(tmp_path, model, Pad("right")).metrics["packed_batches"] == 3
 
 
+class FirstLabels(Pad):
+    """Left-padded batches in which some rows train their first token only, and others nothing."""
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        first = batch["attention_mask"].cumsum(1) * batch["attention_mask"] == 1
+        return {**batch, "labels": batch["input_ids"].where(first, torch.tensor(-100))}
+
+
+def test_a_batch_that_trains_first_labels_behind_padding_only_stays_padded(tmp_path):
+    packing = compare(tmp_path, tiny_model(), FirstLabels("left"))
+    assert packing.metrics["unpacked_batches"] == 3 and "first labels" in packing.reason
+
+
 # Which documents meet in which batch
 
 

@@ -48,10 +48,6 @@ class FailAt(TrainerCallback):
             raise self.error
 
 
-class Nothing(TrainerCallback):
-    """Takes the place of ours in the stock run."""
-
-
 def assert_nothing_is_left(trainer, stock):
     assert state_of(trainer) == state_of(stock)
     assert len(shared_configs(trainer.model)) == len(shared_configs(stock.model))
@@ -83,55 +79,54 @@ def test_a_failed_run_leaves_nothing(tmp_path, event, error):
     assert callback.report.state == f"stopped by {type(error).__name__}"
 
 
-@pytest.mark.parametrize("where", ["evaluation before the first step", "the end of training"])
-def test_an_error_outside_the_epochs_leaves_nothing(tmp_path, where):
-    first = where.startswith("evaluation")
-    options = {"eval_on_start": True, "trainer_options": {"eval_dataset": documents(4)}} if first else {}
+class EvaluatesAndGoesOn(TrainerCallback):
+    """Evaluates in the middle of training, fails in it, and catches the failure."""
 
-    def fail(*args, **kwargs):
-        raise RuntimeError("boom")
+    def evaluate(self, args, state, control, **kwargs):
+        with pytest.raises(RuntimeError, match="no room"):
+            self.trainer.evaluate()
 
-    callback = FastFTCallback()
-    trainers = [make_trainer(tmp_path, tiny_model(), callbacks=[each], **options) for each in (Nothing(), callback)]
-    for trainer in trainers:
-        if first:
-            trainer.evaluation_loop = fail
-        else:
-            trainer._memory_tracker.stop_and_update_metrics = fail
-        with pytest.raises(RuntimeError, match="boom"):
-            trainer.train()
-    assert_nothing_is_left(trainers[1], trainers[0])
-    assert callback.report.state == "stopped by RuntimeError"
+    on_train_begin = on_epoch_begin = on_step_end = evaluate
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        raise RuntimeError("no room")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_that_the_users_code_catches_ends_nothing(tmp_path, workers):
-    class TriesToEvaluate(TrainerCallback):
-        def __init__(self):
-            self.caught = 0
+def test_an_error_that_is_caught_inside_training_does_not_end_the_run(tmp_path, workers):
+    ours, evaluates = FastFTCallback(), EvaluatesAndGoesOn()
+    options = {"dataloader_num_workers": workers, "dataloader_persistent_workers": bool(workers), "max_steps": 4}
+    evaluates.trainer = make_trainer(
+        tmp_path, tiny_model(), callbacks=[ours, evaluates], trainer_options={"eval_dataset": documents(4)}, **options
+    )
+    evaluates.trainer.train()
+    assert ours.report.state == "finished" and len(losses(evaluates.trainer)) == 4
+    assert ours.report.features["packing"].metrics["packed_batches"] == 4
 
-        def on_step_end(self, args, state, control, **kwargs):
-            try:
-                self.trainer.evaluate(documents(2))
-            except ZeroDivisionError:
-                self.caught += 1
 
-        def on_evaluate(self, args, state, control, **kwargs):
-            raise ZeroDivisionError
+class FailsWhereNoEventIsFired(Trainer):
+    """In an evaluation before the first epoch, or when the last figures are logged."""
 
-    callback, options = FastFTCallback({"packing": "on"}), {"dataloader_num_workers": workers}
-    if workers:
-        options["dataloader_persistent_workers"] = True
-    trainers = []
-    for callbacks in ([], [callback]):
-        tries = TriesToEvaluate()
-        tries.trainer = make_trainer(tmp_path, tiny_model(), callbacks=[tries, *callbacks], max_steps=14, **options)
-        tries.trainer.train()
-        assert tries.caught == 14
-        trainers.append(tries.trainer)
-    torch.testing.assert_close(losses(trainers[1]), losses(trainers[0]), rtol=2e-6, atol=2e-6)
-    assert callback.report.features["packing"].metrics["packed_batches"] == 14
-    assert callback.report.state == "finished"
+    def evaluate(self, *args, **kwargs):
+        raise RuntimeError("no room")
+
+    def log(self, logs, *args, **kwargs):
+        if "train_runtime" in logs:
+            raise RuntimeError("no tracker")
+        super().log(logs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{"eval_on_start": True, "eval_strategy": "epoch"}, {}], ids=["first", "last"])
+def test_an_error_before_the_first_epoch_or_after_the_last_one_leaves_nothing(tmp_path, options):
+    options = {"trainer_class": FailsWhereNoEventIsFired, "trainer_options": {"eval_dataset": documents(4)}, **options}
+    callback = FastFTCallback()
+    stock = make_trainer(tmp_path, tiny_model(), **options)
+    ours = make_trainer(tmp_path, tiny_model(), callbacks=[callback], **options)
+    for trainer in (stock, ours):
+        with pytest.raises(RuntimeError, match="no room" if "eval_on_start" in options else "no tracker"):
+            trainer.train()
+    assert_nothing_is_left(ours, stock)
+    assert callback.report.state == "stopped by RuntimeError"
 
 
 def test_an_error_inside_the_model_leaves_nothing(tmp_path):

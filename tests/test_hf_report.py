@@ -6,9 +6,9 @@ import pytest
 import torch
 from hf_helpers import DEFAULTS, Pad, documents, losses, make_trainer, tiny_model
 from test_hf_parity import Tokenizer
-from transformers import GptOssConfig, GptOssForCausalLM, Trainer
+from transformers import Trainer
 
-from fastft_plugins import FastFTCallback, FastFTError, apply
+from fastft_plugins import FastFTCallback, FastFTError
 
 
 class WithImage(Pad):
@@ -68,18 +68,6 @@ def test_batches_of_evaluation_never_count(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1, "trainer_options": {"eval_dataset": documents(8)}}
     _, packing = train(tmp_path, {"packing": "on", "strict": True, "moe": "off"}, **options)
     assert packing.metrics["packed_batches"] == 5 and "unpacked_batches" not in packing.metrics
-
-
-def test_a_report_names_the_kernels_of_its_own_run(tmp_path):
-    sinks = GptOssForCausalLM(
-        GptOssConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-                                  num_key_value_heads=2, head_dim=8, num_local_experts=4, vocab_size=97)
-    )  # fmt: skip
-    for model, kernel in ((sinks, "reference per document"), (tiny_model(), "SDPA per document")):
-        with apply(model.train()) as run:
-            model(**run.collator(Pad())(documents(3)))
-        (line,) = [each for each in run.report.features["packing"].changes if "attention kernel" in each]
-        assert line.startswith(f"attention kernel: {kernel}")
 
 
 def test_noise_that_depends_on_the_padding_declines(tmp_path):

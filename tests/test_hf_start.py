@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import AttentionInterface, Trainer, TrainerCallback, TrainingArguments
 
 from fastft_hf import trainer as hf_trainer
-from fastft_plugins import FastFTCallback, apply
+from fastft_plugins import FastFTCallback, FastFTError, apply
 from fastft_plugins.run import active_run
 
 
@@ -85,10 +85,89 @@ def test_a_block_around_a_model_is_joined_by_the_callback(tmp_path):
     assert "no batch was packed" in run.report.features["packing"].reason
 
 
-def test_two_callbacks_share_one_run(tmp_path):
+def test_two_callbacks_share_one_run(tmp_path, caplog):
     callbacks = [FastFTCallback(), FastFTCallback()]
     trainer_of(tiny_model(), tmp_path, callbacks).train()
     assert callbacks[0].report is callbacks[1].report and packed(callbacks[0].report) == 5
+    assert callbacks[0].report.notes == [] and not any("is not used" in message for message in caplog.messages)
+
+
+def test_a_config_that_is_not_used_is_named(tmp_path, caplog):
+    """The second callback's, or that of a callback inside a block."""
+    first, second = FastFTCallback({"moe": "off"}), FastFTCallback({"packing": "off"})
+    trainer = trainer_of(tiny_model(), tmp_path, [first, second])
+    trainer.train()
+    trainer.remove_callback(first)
+    with apply(trainer, {"moe": "off"}) as run, apply(trainer, {"moe": "off"}):
+        trainer.train()
+    for report in (first.report, run.report):
+        (note,) = report.notes
+        assert "packing='off'" in note.split("is not used")[0] and packed(report) == 5
+    assert len([message for message in caplog.messages if "is not used" in message]) == 2
+
+
+class TrainsInside(TrainerCallback):
+    """Trains a second model in the middle of training the first."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.inner.train()
+
+
+def test_a_callback_in_two_trainers_at_once_is_refused_and_in_turn_works(tmp_path):
+    shared = FastFTCallback()
+    inner = trainer_of(tiny_model(), tmp_path, [shared])
+    outer = trainer_of(tiny_model(), tmp_path, [shared, TrainsInside(inner)])
+    with pytest.raises(FastFTError, match=r"still at work in another Trainer.*a FastFTCallback of its own"):
+        outer.train()
+    for model in (inner.model, outer.model):
+        assert active_run(model) is None
+    inner.train()
+    assert packed(shared.report) == 5
+    outer.remove_callback(TrainsInside)
+    outer.train()
+    assert packed(shared.report) == 5
+    own = FastFTCallback()
+    trainer_of(tiny_model(), tmp_path, [own, TrainsInside(inner)]).train()
+    assert packed(own.report) == packed(shared.report) == 5
+
+
+def test_a_run_left_behind_ends_when_its_callback_starts_anew(tmp_path, monkeypatch):
+    """On another model, where nothing else would end it."""
+    first, callback = tiny_model(), FastFTCallback()
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_trainer, "find_trainer", lambda callback: None)
+        with pytest.raises(RuntimeError, match="no tracker"):
+            trainer_of(first, tmp_path, [callback, Bad()]).train()
+    left = callback.report
+    trainer_of(tiny_model(), tmp_path, [callback]).train()
+    assert left.state == "finished" and active_run(first) is None
+    assert not any(module._forward_pre_hooks for module in first.modules())
+
+
+class Delegates(TrainerCallback):
+    """A user's callback that passes events on to ours, which is then in no list of the Trainer's."""
+
+    def __init__(self, ours):
+        self.ours = ours
+
+    def on_train_begin(self, *args, **kwargs):
+        self.ours.on_train_begin(*args, **kwargs)
+
+    def on_train_end(self, *args, **kwargs):
+        self.ours.on_train_end(*args, **kwargs)
+
+
+def test_a_callback_that_cannot_find_its_trainer_declines(tmp_path):
+    """Without the Trainer its loss is unknown."""
+    ours, model = FastFTCallback(), tiny_model()
+    stock, delegating = (make_trainer(tmp_path, model, callbacks=each) for each in ([], [Delegates(ours)]))
+    stock.train(), delegating.train()
+    assert "cannot be found, so its loss is unknown" in ours.report.features["packing"].reason
+    assert losses(delegating) == losses(stock) and active_run(delegating.model) is None
 
 
 def test_the_report_says_what_was_wrapped_once_it_is(tmp_path):

@@ -70,6 +70,7 @@ def violations_of(module: str, tree: ast.Module) -> Iterator[str]:
     is_core = within(module, CORE)
     is_program = within(module, *PROGRAMS)
     kernels, features = f"{CORE}.kernels", [f"{CORE}.{feature}" for feature in FEATURES]
+    may_know_features = (f"{CORE}.builtin", kernels, *features)  # kernels have a rule of their own
     for name in imports(tree, module):
         top = name.split(".")[0]
         if is_core and not is_program and top in FRAMEWORKS:
@@ -80,6 +81,8 @@ def violations_of(module: str, tree: ast.Module) -> Iterator[str]:
             yield f"{module} imports the feature {name}: kernels know no feature"
         if within(module, kernels, *features) and top in ADAPTERS:
             yield f"{module} imports the adapter {top}: adapters come to features through hooks"
+        if is_core and within(name, *features) and not (is_program or within(module, *may_know_features)):
+            yield f"{module} imports the feature {name}: the core meets features in the registry of plugins"
         for feature in features:
             if within(module, feature) and within(name, *features) and not within(name, feature):
                 yield f"{module} imports {name}: a feature knows no other"
@@ -113,6 +116,7 @@ def test_the_scan_reads_the_repository() -> None:
         ("integrations/fastft_hf/model.py", "try:\n    import triton\nexcept ImportError:\n    pass", "imports triton"),
         ("fastft_plugins/kernels/sort.py", "from fastft_plugins.moe import route", "kernels know no feature"),
         ("fastft_plugins/kernels/sort.py", "from ..moe import route", "kernels know no feature"),
+        ("fastft_plugins/run.py", "from fastft_plugins.packing.guard import guard", "the core meets features in"),
         ("fastft_plugins/moe/__init__.py", "from ..packing import metadata", "a feature knows no other"),
         ("fastft_plugins/packing/feature.py", "from fastft_plugins import checkpointing", "a feature knows no other"),
         ("fastft_plugins/packing/feature.py", "import fastft_hf", "through hooks"),
@@ -138,6 +142,7 @@ def test_a_broken_rule_is_found(path: str, source: str, rule: str, tmp_path: Pat
         ("fastft_plugins/demo/train.py", "import transformers\nsetattr(model, 'x', 1)"),
         ("fastft_plugins/cli/__init__.py", "import peft"),
         ("fastft_plugins/run.py", "if TYPE_CHECKING:\n    from transformers import Trainer"),
+        ("fastft_plugins/builtin.py", "def f():\n    from fastft_plugins.moe.feature import MoEFeature"),
         ("fastft_plugins/kernels/sort.py", "import triton"),
         ("fastft_plugins/packing/feature.py", "from fastft_plugins.kernels import segments\nfrom . import metadata"),
         ("fastft_plugins/config.py", "object.__setattr__(self, 'x', 1)\nprint(self.__class__)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
 
 import pytest
@@ -219,6 +220,20 @@ def test_a_shared_change_that_fails_to_install_is_not_counted(ledger):
     assert events == ["install", "remove"]
 
 
+def test_a_run_may_be_collected_while_another_installs():
+    """The garbage collector runs anywhere, also where a shared change is being made."""
+    events, old, new, runs = [], Ledger(), Ledger(), [Trainer()]
+    old.share("of the old run", lambda: None, lambda: events.append("remove the old run's"))
+    weakref.finalize(runs[0], old.close)  # as a `Run` has it
+    arguments = ("of the new run", runs.clear, lambda: events.append("remove the new run's"))
+    thread = threading.Thread(target=new.share, args=arguments, daemon=True)  # a deadlock must not hang the tests
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive() and events == ["remove the old run's"]
+    new.close()
+    assert events == ["remove the old run's", "remove the new run's"]
+
+
 def test_the_owner_is_not_kept_alive(ledger):
     trainer = Trainer()
     alive = weakref.ref(trainer)
@@ -251,12 +266,3 @@ def test_an_interrupt_while_restoring_waits_until_everything_is_restored():
     with pytest.raises(KeyboardInterrupt):
         ledger.close()
     assert undone == ["first"] and len(ledger) == 0
-
-
-def test_an_abandoned_ledger_may_be_collected_while_another_installs(ledger):
-    """A collection can run anywhere, and its finalizer takes the lock that the thread itself holds."""
-    abandoned = Ledger()
-    removed = []
-    abandoned.share("theirs", lambda: None, lambda: removed.append("theirs"))
-    ledger.share("ours", abandoned.close, lambda: None)
-    assert removed == ["theirs"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import lightning
 import pytest
 import torch
 import transformers
-from hf_helpers import Pad, tiny_model
+from hf_helpers import Pad, documents, tiny_model
 from lightning_helpers import ROOT, Module, declare_entry_points, loader, make_trainer
 from transformers import AttentionInterface
 
@@ -283,11 +285,35 @@ def test_documents_that_stock_would_mix_are_kept_apart_and_reported(tmp_path):
     assert any("use_cache" in note for note in callbacks[0].report.notes)
 
 
+class Copies(lightning.Callback):
+    """Copies and pickles the whole module in the middle of training, as callbacks that keep the best weights do."""
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step == 3:
+            self.weights = copy.deepcopy(module.model.state_dict())
+            self.copy, self.model_pickle = copy.deepcopy(module), pickle.dumps(module.model)
+
+
+def test_a_copy_or_pickle_made_during_training_is_stock(tmp_path):
+    copies, ours, batch = Copies(), FastFTLightningCallback({"packing": "on"}), Pad()(documents(4))
+    make_trainer(tmp_path, callbacks=[ours, copies]).fit(Module(), loader())
+    stock = tiny_model()
+    stock.load_state_dict(copies.weights)
+    assert b"fastft" not in copies.model_pickle
+    for model in (copies.copy.model, pickle.loads(copies.model_pickle)):
+        assert torch.equal(model(**batch).loss, stock(**batch).loss)
+
+
+def test_a_copy_of_a_model_in_fabric_is_stock():
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    model, batch = fabric.setup(tiny_model().train()), Pad()(documents(4))
+    with apply(model, {"packing": "on"}):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model.module))]
+        assert b"fastft" not in pickle.dumps(model.module)
+    assert all(torch.equal(other(**batch).loss, model(**batch).loss) for other in copies)
+
+
 def test_a_twin_survives_pickling_and_the_batch_stays_what_it_was():
-    import pickle
-
-    from hf_helpers import documents
-
     collator = pickle.loads(pickle.dumps(TwinCollator(Pad(), PaddingFreeCollator)))
     batch, plain = collator(documents(3)), Pad()(documents(3))
     twin = pickle.loads(pickle.dumps(batch)).pop(METADATA_KEY)

@@ -186,6 +186,17 @@ def test_two_models_at_once_and_the_first_ends_first():
         assert_close(loss_and_gradients(second, ids), stock, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_a_second_run_through_another_root_declines(inner_first):
+    model, ids = tiny_causal_lm(), torch.randint(97, (2, 7))
+    roots = [model, nn.Sequential(model)] if inner_first else [nn.Sequential(model), model]
+    stock = loss_and_gradients(model, ids)
+    with apply(roots[0], ON):
+        with pytest.raises(FastFTError, match="another run, on a module around the model or inside it"):
+            apply(roots[1], ON).__enter__()
+        assert_close(loss_and_gradients(model, ids), stock)
+
+
 def test_a_retry_after_out_of_memory_starts_afresh(tmp_path):
     failures = []
 

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from fastft_plugins import FastFTCallback, FastFTError, apply
-from fastft_plugins.packing import METADATA_KEY, PackedMetadata, PaddingFreeCollator
+from fastft_plugins.packing import METADATA_KEY, PackedMetadata, PaddingFreeCollator, packed_attention
+from fastft_plugins.packing.metadata import NotPacked
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 # What no run packs: switched off, a rotary embedding that depends on the padding, a family that declines.
@@ -128,6 +129,16 @@ def test_moving_a_batch_moves_its_metadata():
     assert batch.input_ids.device.type == batch[METADATA_KEY].cu_seqlens.device.type == "meta"
 
 
+def test_metadata_that_stayed_behind_follows_the_tokens_to_their_device():
+    """Loops that move tensors alone leave it on the host."""
+    model = tiny_model().train().to("meta")
+    with apply(model, {"packing": "on"}) as run:
+        batch = run.collator(Pad())(documents(4))
+        moved = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        assert moved[METADATA_KEY].cu_seqlens.device.type == "cpu"
+        assert model(**moved).logits.shape[1] == batch[METADATA_KEY].total_tokens
+
+
 # What the report says
 
 
@@ -158,6 +169,33 @@ def test_evaluation_and_generation_are_no_training_batches():
         model(**Pad()(documents(4)))
     assert run.report.features["packing"].metrics["packed_batches"] == 1
     assert "unpacked_batches" not in run.report.features["packing"].metrics
+
+
+@pytest.mark.parametrize(("training", "gradients"), [(False, True), (True, False), (False, False)])
+def test_no_batch_of_an_evaluation_counts(training, gradients):
+    """Packed, kept as the collator made it, or from another loader; under "on", a training batch would raise."""
+    model = tiny_model().train()
+    with apply(model, {"packing": "on"}) as run:
+        packed, kept = (run.collator(make)(documents(4)) for make in (Pad(), lambda rows: {**Pad()(rows), "image": 0}))
+        del kept["image"]
+        model.train(training)
+        with torch.set_grad_enabled(gradients):
+            model(**kept), model(**Pad()(documents(4)))
+            if not gradients:
+                model(**packed)
+        assert isinstance(kept[METADATA_KEY], NotPacked) and run.report.features["packing"].metrics == {}
+        model.train()(**packed).loss.backward()
+    assert run.report.features["packing"].metrics["packed_batches"] == 1
+
+
+def test_the_report_names_the_kernels_of_its_own_run():
+    row = torch.zeros(3, 1, 8)
+    packed_attention(row, row, row, PackedMetadata.from_lengths([3]), softcap=2.0)
+    model = tiny_model().train()
+    with apply(model) as run:
+        model(**run.collator(Pad())(documents(4))).loss.backward()
+    (kernel,) = [change for change in run.report.features["packing"].changes if "attention kernel" in change]
+    assert "reference" not in kernel
 
 
 def test_a_block_without_any_training_batch_says_so(caplog):

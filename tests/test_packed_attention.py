@@ -181,6 +181,15 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_that_of_the_inp
     assert_same(result, oracle(inputs, **options), 6e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_autocast_casts_what_sdpa_casts(dtype):
+    q = make_inputs([9], key_heads=4, dtype=dtype).q_THD
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = torch.nn.functional.scaled_dot_product_attention(*[q.transpose(0, 1)[None]] * 3, is_causal=True)
+        out = packed_attention(q, q, q, PackedMetadata.from_lengths([9]))
+    torch.testing.assert_close(out, stock[0].transpose(0, 1))  # the dtype too
+
+
 def test_strided_heads_of_a_model_are_taken_as_they_are():
     """Models pass transposed views ``[H, T, D]``."""
     inputs = make_inputs()
@@ -324,14 +333,6 @@ def test_the_watch_sees_what_reads():
     assert watch.reads == ["_local_scalar_dense", "nonzero"]
 
 
-def test_autocast_leaves_double_precision_as_sdpa_does():
-    inputs, metadata = make_inputs(), PackedMetadata.from_lengths(LENGTHS)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = packed_attention(inputs.q_THD, inputs.k_TGD, inputs.v_TGD, metadata)
-        stock = torch.nn.functional.scaled_dot_product_attention(*(inputs.q_THD[None] for _ in range(3)))
-    assert out.dtype == stock.dtype == torch.float64
-
-
 # Errors
 
 
@@ -345,22 +346,27 @@ def test_autocast_leaves_double_precision_as_sdpa_does():
         ({"k_TGD": torch.zeros(20, 2, 8).half()}, "k_TGD: is torch.float16 on cpu; q_THD is torch.float32"),
         ({"v_TGD": torch.zeros(20, 2, 8, device="meta")}, "v_TGD: is torch.float32 on meta; q_THD is .* on cpu"),
         ({"k_TGD": torch.zeros(20, 3, 8), "v_TGD": torch.zeros(20, 3, 8)}, r"\[20, 3, 8\].*divides 4"),
-        ({"k_TGD": torch.zeros(20, 0, 8), "v_TGD": torch.zeros(20, 0, 8)}, r"\[20, 0, 8\].*divides 4"),
+        ({"k_TGD": torch.zeros(20, 0, 8), "v_TGD": torch.zeros(20, 0, 8)}, r"k_TGD: has shape \[20, 0, 8\]"),
+        ({"q_THD": torch.zeros(20, 4, 0)}, r"q_THD: has shape \[20, 4, 0\]; needs .* a width above 0"),
+        ({"q_THD": torch.zeros(20, 0, 8)}, r"q_THD: has shape \[20, 0, 8\]; needs at least one head"),
+        ({"v_TGD": torch.zeros(20, 2, 0)}, r"v_TGD: has shape \[20, 2, 0\]; needs .* a width above 0"),
         ({"v_TGD": torch.zeros(20, 4, 8)}, r"\[20, 2, 8\] and \[20, 4, 8\].*for both"),
         ({"k_TGD": torch.zeros(20, 2, 4)}, r"need the width of q_THD \(8\)"),
         ({"metadata": PackedMetadata.from_lengths(LENGTHS).to("meta")}, r"metadata: is on meta.*metadata.to\('cpu'\)"),
-        ({"window": 0}, "window: is 0; needs at least 1, an integer, or None"),
-        ({"window": -1}, "window: is -1; needs at least 1, an integer, or None"),
-        ({"window": 2.0}, "window: is 2.0; needs at least 1, an integer"),
-        ({"window": True}, "window: is True; needs at least 1, an integer"),
-        ({"softcap": 0.0}, "softcap: is 0.0; needs a finite number above 0, or None"),
-        ({"softcap": math.nan}, "softcap: is nan; needs a finite number above 0, or None"),
+        ({"window": 0}, "window: is 0; needs a whole number, at least 1, or None"),
+        ({"window": -1}, "window: is -1; needs a whole number, at least 1, or None"),
+        ({"window": 3.0}, "window: is 3.0; needs a whole number"),
+        ({"window": True}, "window: is True; needs a whole number"),
+        ({"softcap": 0.0}, "softcap: is 0.0; needs a finite number, more than 0, or None"),
+        ({"softcap": math.nan}, "softcap: is nan; needs a finite number"),
+        ({"softcap": math.inf}, "softcap: is inf; needs a finite number"),
+        ({"scale": 0.0}, "scale: is 0.0; needs a finite number, more than 0, or None"),
+        ({"scale": -0.5}, "scale: is -0.5; needs a finite number, more than 0, or None"),
         ({"scale": math.nan}, "scale: is nan; needs a finite number"),
-        ({"q_THD": torch.zeros(20, 4, 0), "k_TGD": torch.zeros(20, 2, 0)}, "q_THD: is torch.float32 of width 0"),
-        ({"v_TGD": torch.zeros(20, 2, 0)}, "v_TGD of 0; needs"),
-        ({"sinks": torch.zeros(2)}, r"sinks: is torch.float32 \[2\] on cpu; needs floats \[4\], one per query head"),
-        ({"sinks": torch.zeros(4, dtype=torch.long)}, r"sinks: is torch.int64 \[4\] on cpu; needs floats"),
-        ({"sinks": torch.zeros(4, device="meta")}, r"sinks: is torch.float32 \[4\] on meta; needs floats .* on cpu"),
+        ({"scale": torch.ones(1)}, r"scale: is tensor\(\[1.\]\); needs a finite number"),
+        ({"sinks": torch.zeros(2)}, r"sinks: has shape \[2\]; needs \[4\], one per query head"),
+        ({"sinks": torch.zeros(4, dtype=torch.int64)}, "sinks: is torch.int64 on cpu; needs a floating-point dtype"),
+        ({"sinks": torch.zeros(4, device="meta")}, "sinks: is torch.float32 on meta; needs .* on cpu"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from hf_helpers import VOCABULARY, tiny_model
@@ -15,7 +13,6 @@ from torch.testing import assert_close
 from fastft_hf import decoder_hook
 from fastft_hf import model as hf_model
 from fastft_plugins import FastFTError, apply
-from fastft_plugins.kernels import segments
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, PaddingFreeCollator, collator, packed_attention
 
 IGNORE = -100
@@ -231,6 +228,6 @@ def test_positions_that_go_on_are_one_document_and_refused():
 
 def test_metadata_of_other_documents_is_refused():
     batch = PaddingFreeCollator(lambda batch: batch)(padded_batch([4, 5], [False, False], 1.0))
-    batch[METADATA_KEY] = dataclasses.replace(batch[METADATA_KEY], cu_seqlens=segments.offsets([5, 4]))
+    batch[METADATA_KEY] = PackedMetadata.from_lengths([5, 4])
     with pytest.raises(FastFTError, match="position_ids were changed"), apply(MODEL, {"moe": "off"}):
         MODEL(**batch)

@@ -32,6 +32,11 @@ class MoEFeature:
         run.report.features[self.name].changes.extend(changes)
         return "experts run as one sort and a few grouped products, deterministic, without waiting for the host"
 
+    def measure(self, run: Run) -> dict[str, float]:
+        """See `fastft_plugins.run.Feature`."""
+        ratio = load.imbalance(run.model)
+        return {} if ratio is None else {"expert_imbalance": ratio}
+
     def stop(self, run: Run) -> None:
         """See `fastft_plugins.run.Feature`."""
         entry = run.report.features[self.name]

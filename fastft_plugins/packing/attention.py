@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def packed_attention(
         window: a token sees itself and the ``window - 1`` tokens before it. None: the whole document.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: ``[H]`` logits of a token per head that takes probability and has no value (gpt-oss).
-        scale: factor of the scores; ``D ** -0.5`` by default.
+        scale: factor of the scores, more than 0; ``D ** -0.5`` by default.
 
     Returns:
         ``[T, H, Dv]`` in the dtype of the queries, or autocast's where autocast is on.
@@ -41,12 +43,14 @@ def packed_attention(
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
-    kind = q_THD.device.type
-    has_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if has_autocast and q_THD.dtype != torch.float64:  # as SDPA does
-        dtype = torch.get_autocast_dtype(kind)
-        q_THD, k_TGD, v_TGD = q_THD.to(dtype), k_TGD.to(dtype), v_TGD.to(dtype)
-    _check(q_THD, k_TGD, v_TGD, metadata, window, softcap, sinks, scale)
+    device_type = q_THD.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):  # as SDPA does
+        dtype = torch.get_autocast_dtype(device_type)
+        q_THD, k_TGD, v_TGD = (
+            tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in (q_THD, k_TGD, v_TGD)
+        )
+    _check_tensors(q_THD, k_TGD, v_TGD, metadata, sinks)
+    _check_numbers(window, softcap, scale)
     if window is not None and window >= metadata.max_seqlen:
         window = None
     call = AttentionCall(
@@ -68,40 +72,35 @@ def packed_attention(
     return out_THD
 
 
-def _check(
-    q_THD: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
-    metadata: PackedMetadata,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    scale: float | None,
-) -> None:
+def _check_tensors(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, metadata: PackedMetadata, sinks: Tensor | None) -> None:
     total = metadata.total_tokens
     for name, tensor in (("q_THD", q_THD), ("k_TGD", k_TGD), ("v_TGD", v_TGD)):
         if tensor.dim() != 3 or tensor.shape[0] != total:
             raise ValueError(f"{name}: has shape {list(tensor.shape)}; the metadata needs [{total}, heads, width]")
         if tensor.dtype != q_THD.dtype or tensor.device != q_THD.device:
             raise ValueError(f"{name}: is {tensor.dtype} on {tensor.device}; q_THD is {q_THD.dtype} on {q_THD.device}")
+        if 0 in tensor.shape[1:]:
+            raise ValueError(f"{name}: has shape {list(tensor.shape)}; needs at least one head, and a width above 0")
     heads, key_heads = q_THD.shape[1], k_TGD.shape[1]
-    if key_heads == 0 or heads % key_heads or v_TGD.shape[1] != key_heads or k_TGD.shape[2] != q_THD.shape[2]:
+    if heads % key_heads or v_TGD.shape[1] != key_heads or k_TGD.shape[2] != q_THD.shape[2]:
         raise ValueError(
             f"k_TGD, v_TGD: have shapes {list(k_TGD.shape)} and {list(v_TGD.shape)}; need the width of q_THD "
             f"({q_THD.shape[2]}) for k_TGD and one number of heads that divides {heads} for both"
         )
     if metadata.cu_seqlens.device != q_THD.device:
         raise ValueError(f"metadata: is on {metadata.cu_seqlens.device}; move it with metadata.to('{q_THD.device}')")
-    if q_THD.shape[2] == 0 or v_TGD.shape[2] == 0 or not q_THD.is_floating_point():
-        raise ValueError(f"q_THD: is {q_THD.dtype} of width {q_THD.shape[2]}, v_TGD of {v_TGD.shape[2]}; needs floats")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"window: is {window}; needs at least 1, an integer, or None for the whole document")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: is {softcap}; needs a finite number above 0, or None for none")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: is {scale}; needs a finite number, or None for D ** -0.5")
-    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q_THD.device):
-        raise ValueError(
-            f"sinks: is {sinks.dtype} {list(sinks.shape)} on {sinks.device}; needs floats [{heads}], one per query "
-            f"head, on {q_THD.device}"
-        )
+    if sinks is None:
+        return
+    if sinks.shape != (heads,):
+        raise ValueError(f"sinks: has shape {list(sinks.shape)}; needs [{heads}], one per query head")
+    if not sinks.is_floating_point() or sinks.device != q_THD.device:
+        raise ValueError(f"sinks: is {sinks.dtype} on {sinks.device}; needs a floating-point dtype on {q_THD.device}")
+
+
+def _check_numbers(window: Any, softcap: Any, scale: Any) -> None:
+    # True is an int to Python, and never what somebody means here.
+    if window is not None and (not isinstance(window, Integral) or isinstance(window, bool) or window < 1):
+        raise ValueError(f"window: is {window!r}; needs a whole number, at least 1, or None for the whole document")
+    for name, value, default in (("softcap", softcap, "none"), ("scale", scale, "D ** -0.5")):
+        if value is not None and (not isinstance(value, Real) or not math.isfinite(value) or value <= 0):
+            raise ValueError(f"{name}: is {value!r}; needs a finite number, more than 0, or None for {default}")

@@ -89,6 +89,8 @@ def _pack(batch: Mapping[str, Any]) -> PackedBatch:
         column = batch.get(name)
         if column is not None and (not isinstance(column, Tensor) or column.shape != ids_BS.shape):
             raise _Keep(f"{name} does not have the shape of input_ids")
+        if column is not None and column.device != ids_BS.device:
+            raise _Keep(f"{name} is on another device than input_ids")
     mask, position_ids_BS = batch.get("attention_mask"), batch.get("position_ids")
     columns = {name: batch[name] for name in _TOKEN_KEYS if batch.get(name) is not None}
     if "token_type_ids" in columns and bool(columns["token_type_ids"].any()):
@@ -135,8 +137,8 @@ def _pack_padded(
     )
     labels_T = labels_BS[real_BS]
     labels_T[metadata.cu_seqlens[:-1].long()] = IGNORE_INDEX
-    if metadata.dropped_labels and bool((labels_T == IGNORE_INDEX).all()):
-        raise _Keep("its only labels are first labels behind padding, which stock trains and packing drops")
+    if metadata.dropped_labels and not bool((labels_T != IGNORE_INDEX).any()):
+        raise _Keep("its only labels are first labels of left-padded rows, which a packed row has to drop")
     columns_T = {name: column_BS[real_BS] for name, column_BS in columns.items()}
     return _row(ids_BS[real_BS], labels_T, metadata.position_ids, metadata, columns_T)
 
@@ -153,7 +155,8 @@ def _pack_rows(ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor, colum
         moved_positions=ids_BS.shape[0] > 1 and bool(position_ids_BS[starts_BS].any()),
     )
     if ids_BS.shape[0] == 1:  # already one row: ids, labels and positions stay bit for bit
-        return _row(ids_BS[0], labels_BS[0], position_ids_BS[0], metadata, columns_T)
+        # A copy: no trace of how the positions were made, and whoever changes them later leaves one.
+        return _row(ids_BS[0], labels_BS[0], position_ids_BS[0].clone(), metadata, columns_T)
     labels_BS = labels_BS.clone()
     labels_BS[:, 0] = IGNORE_INDEX  # stock shifts the labels row by row, so it never trains column 0
     return _row(ids_BS.flatten(), labels_BS.flatten(), metadata.position_ids, metadata, columns_T)
@@ -179,7 +182,7 @@ def _join_filling(ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, start
 def _row(
     ids_T: Tensor, labels_T: Tensor, position_ids_T: Tensor, metadata: PackedMetadata, columns_T: dict[str, Tensor]
 ) -> PackedBatch:
-    metadata = metadata.to(ids_T.device)  # a collator may put its batch on a GPU
+    metadata = metadata.to(ids_T.device)  # of a collator that makes its batches on the GPU
     return PackedBatch(
         {
             "input_ids": ids_T[None],

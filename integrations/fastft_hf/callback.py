@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastft_hf import trainer as hf_trainer
 from fastft_plugins.config import FastFTConfig
+from fastft_plugins.errors import FastFTError
 from fastft_plugins.report import Report
 from fastft_plugins.run import Run, Target, joinable_run
 
@@ -27,7 +28,8 @@ class FastFTCallback(TrainerCallback):
 
     Raises:
         FastFTConfigError: at once, for a bad config.
-        FastFTError: before the first step, if a feature set to "on" cannot be on.
+        FastFTError: before the first step, if a feature set to "on" cannot be on, or if another Trainer is still
+            training with this callback.
     """
 
     def __init__(self, config: FastFTConfig | Mapping[str, Any] | None = None) -> None:
@@ -40,14 +42,13 @@ class FastFTCallback(TrainerCallback):
     ) -> None:
         """Start the run. Called again without an end after an exception or an out-of-memory retry: starts afresh."""
         trainer = hf_trainer.find_trainer(self)
-        if self._run is not None and self._run.active and self._run.target.trainer is not trainer:
-            logger.warning("fastft: this FastFTCallback ends in one Trainer and begins in another; give each its own")
+        self._check_that_it_is_free(trainer)
         self._stop()
         model = kwargs["model"] if trainer is None else trainer.model
         outer = joinable_run(model, trainer)
-        if outer is not None:  # an apply() around train() owns the run
-            self.report = outer.report
+        if outer is not None:  # an apply() around train(), or another callback, owns the run
             outer.join(self.config)
+            self.report = outer.report
             return
         target = Target(model, trainer, "transformers", kwargs.get("train_dataloader"))
         self._run = Run(target, self.config, is_orphan=trainer is None)
@@ -68,6 +69,15 @@ class FastFTCallback(TrainerCallback):
     def is_asked_for(self, args: TrainingArguments) -> bool:
         """Whether whoever wrote the Trainer wants this callback to act; a default one may be there without that."""
         return True
+
+    def _check_that_it_is_free(self, trainer: Any) -> None:
+        """Raise if the run of another Trainer is still going on: one report cannot be that of both."""
+        run = self._run
+        if run is not None and run.active and not run.is_orphan and run.target.trainer is not trainer:
+            raise FastFTError(
+                "this FastFTCallback is still at work in another Trainer, whose training has not ended: give each "
+                "Trainer a FastFTCallback of its own"
+            )
 
     def _stop(self) -> None:
         if self._run is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastft_hf.families import Family
 from fastft_plugins.errors import FastFTError
 from fastft_plugins.hooks import RunHook
+from fastft_plugins.kernels import segments
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata
 from fastft_plugins.packing.collator import PACKED_KEYS
 from fastft_plugins.packing.counting import count_of, count_packed, count_unpacked
@@ -98,7 +99,7 @@ def _why_stale(metadata: PackedMetadata, args: Any, kwargs: dict[str, Any]) -> s
         return "position_ids were removed or changed shape after the collator"
     if position_ids.device.type == "cpu":
         starts_T = position_ids[0].diff(prepend=position_ids[0, :1]) != 1
-        if not torch.equal(starts_T.nonzero().flatten(), metadata.cu_seqlens[:-1].long()):
+        if tuple(segments.lengths_of(starts_T)) != metadata.lengths:
             return "position_ids were changed after the collator"
     elif not position_ids.is_inference() and position_ids._version:  # a fresh copy on the device has version 0
         return "position_ids were changed in place after the collator"

@@ -72,8 +72,8 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _why_not(module: Any) -> str | None:
-    if module in _active:
-        return "another fastft run serves it already"
+    if isinstance(module.config, StandInConfig):
+        return "another run, on a module around the model or inside it, serves them"
     implementation = module.config._experts_implementation
     if implementation not in _REPLACED:
         return f"experts implementation '{implementation}' is kept: it was asked for by name"

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastft_hf.classes import written_class
 from fastft_hf.decoder_hook import DecoderHook
 from fastft_hf.stand_in import StandInConfig
-from fastft_hf.suitability import dropout_of, family_of, why_not
+from fastft_hf.suitability import family_of, why_not, why_not_attention
 from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.packing import METADATA_KEY, packed_attention
 from fastft_plugins.run import Run
@@ -71,20 +71,10 @@ def inject_packed_attention(run: Run, causal_lm: PreTrainedModel, *, counts_bare
     Raises:
         Declined: where packing could differ from stock.
     """
-    reason = why_not(run.model, causal_lm)
+    attentions = [module for module in causal_lm.modules() if _is_attention(module)]
+    reason = why_not(run.model, causal_lm) or why_not_attention(causal_lm, attentions)
     if reason is not None:
         raise Declined(reason)
-    attentions = [module for module in causal_lm.modules() if _is_attention(module)]
-    if not attentions:
-        raise Declined(f"no layer of {type(causal_lm).__name__} takes its attention from transformers' interface")
-    if not all(getattr(attention, "is_causal", True) for attention in attentions):
-        raise Declined(f"attention layers of {type(causal_lm).__name__} are not causal; packed attention is")
-    if any(isinstance(attention.config, StandInConfig) for attention in attentions):
-        raise Declined("another fastft run already packs this model, from a module around it or inside it")
-    for attention in attentions:
-        rate = dropout_of(attention)
-        if rate:
-            raise Declined(f"{type(attention).__name__} has a dropout of {rate}; packed attention has none")
     run.ledger.share("transformers' attention function 'fastft'", _register, _unregister)
     for attention in attentions:
         run.ledger.setattr(attention, "config", StandInConfig(attention.config, _attn_implementation=_ATTENTION_NAME))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastft_hf import foreign
 from fastft_hf.classes import written_class
 from fastft_hf.families import FAMILIES, Family
+from fastft_hf.stand_in import StandInConfig
 
 # Attention implementations whose results packed attention reproduces.
 _IMPLEMENTATIONS = ("sdpa", "eager")
 # Packages whose modules pass batches and losses on as they are: adapters, data parallelism, compilation.
 _KNOWN_WRAPPERS = ("peft", "torch", "accelerate", "transformers")
-# Packages that replace a model's forward, or hook into it, and keep the loss a sum over tokens.
-_KNOWN_PATCHES = (*_KNOWN_WRAPPERS, "trl", "liger_kernel", "lightning", "pytorch_lightning", "lightning_fabric")
 # Rotary embeddings whose angles depend on the longest row of the padded batch.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_RANDOM = "what it draws at random depends on the padding, packed attention has no dropout"
 
 
 def family_of(causal_lm: PreTrainedModel) -> Family:
@@ -32,18 +34,29 @@ def why_not(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
         _why_not_class(causal_lm)
         or _why_not_config(causal_lm.config)
         or _why_not_wrapper(model)
-        or _why_not_patched(model, causal_lm)
+        or foreign.replaced_forward([causal_lm])
+        or foreign.forward_hook([causal_lm])
     )
 
 
-def dropout_of(attention: nn.Module) -> float:
-    """The dropout that an attention layer passes on when it trains, whatever its config says."""
-    for name in ("attention_dropout", "attn_dropout", "dropout_prob", "dropout"):
-        value = getattr(attention, name, None)
-        rate = getattr(value, "p", value)  # a number, or a module of it
-        if isinstance(rate, (int, float)) and rate > 0:
-            return float(rate)
-    return 0.0
+def why_not_attention(causal_lm: PreTrainedModel, attentions: Sequence[nn.Module]) -> str | None:
+    """The reason why these layers of ``causal_lm`` cannot be served, or None."""
+    name = type(causal_lm).__name__
+    if not attentions:
+        return f"no layer of {name} takes its attention from transformers' interface"
+    for attention in attentions:
+        config: Any = attention.config
+        if isinstance(config, StandInConfig):
+            return f"another run, on a module around {name} or inside it, packs its attention; use that run, or end it"
+        if not getattr(attention, "is_causal", True):
+            return f"attention layers of {name} are not causal; packed attention is"
+        for attribute, value in (*vars(attention).items(), *attention.named_children()):
+            rate = value.p if isinstance(value, nn.Dropout) else value
+            if "drop" in attribute and isinstance(rate, float) and rate > 0:
+                return f"{attribute} of {type(attention).__name__} is {rate}; {_RANDOM}"
+    # Only the modules that hold attention: it is common, and harmless, to replace what treats each token by itself.
+    wanted = set(attentions)
+    return foreign.replaced_forward(module for module in causal_lm.modules() if wanted & set(module.modules()))
 
 
 def layer_kinds(config: Any) -> frozenset[str]:
@@ -76,7 +89,7 @@ def _why_not_config(config: Any) -> str | None:
     for name, value in sorted(config.to_dict().items()):
         is_random = ("drop" in name or "jitter" in name) and not name.startswith(("classifier", "summary"))
         if is_random and isinstance(value, float) and value > 0:
-            return f"{name} is {value}; what it draws at random depends on the padding, packed attention has no dropout"
+            return f"{name} is {value}; {_RANDOM}"
     if getattr(config, "output_attentions", False):
         return "output_attentions is set; packed attention never forms the attention weights"
     if not getattr(config, "is_causal", True):
@@ -99,51 +112,12 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
 
 def why_not_inside(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
     """The reason if a module around ``causal_lm`` may compute a loss, or change the batch, in a way of its own."""
-    for module in _holders(model, causal_lm)[:-1]:
+    around = [module for module in model.modules() if module is not causal_lm and causal_lm in set(module.modules())]
+    for module in around:
         written = written_class(module)
         if written.__module__.split(".")[0] not in _KNOWN_WRAPPERS:
             return f"{written.__name__} around the model may have a loss of its own that is no sum over tokens"
-    return None
-
-
-def _holders(model: nn.Module, causal_lm: PreTrainedModel) -> list[nn.Module]:
-    """The modules that hold ``causal_lm``, outermost first, and itself."""
-    return [module for module in model.modules() if causal_lm in set(module.modules())]
-
-
-def _why_not_patched(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
-    """The reason if somebody else's function stands in the way of the loss.
-
-    Pre-hooks may stay: what they change in a packed batch is noticed, batch by batch.
-    """
-    for module in _holders(model, causal_lm):
-        name = type(module).__name__
-        replaced = vars(module).get("forward")
-        if replaced is not None and not all(map(_is_known, _layers(replaced))):
-            return f"the forward of {name} was replaced, and what takes its place may have a loss that is no sum"
-        for hook in module._forward_hooks.values():
-            if not _is_known(hook):
-                what = getattr(hook, "__qualname__", type(hook).__qualname__)
-                return f"the forward hook {what} of {name} may change the loss"
-    return None
-
-
-def _layers(function: Any) -> list[Any]:
-    """A function and those it was made to wrap, as `functools.wraps` and `functools.partial` record them."""
-    layers = []
-    while function is not None:
-        layers.append(function)
-        function = getattr(function, "__wrapped__", None) or getattr(function, "func", None)
-    return layers
-
-
-def _is_known(function: Any) -> bool:
-    """Whether a function comes from a package that is known, or from this one."""
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)  # wraps() copies the module of what is wrapped; the globals stay
-    module = getattr(function, "__globals__", {}).get("__name__") if code else type(function).__module__
-    package = str(module).split(".")[0]
-    return package in _KNOWN_PATCHES or package.startswith("fastft") or package == "functools"
+    return foreign.replaced_forward(around) or foreign.forward_hook(around)
 
 
 def _why_not_wrapper(model: nn.Module) -> str | None:

@@ -52,9 +52,7 @@ def move_last(callback: Any, trainer: Trainer) -> None:
 def guard(run: Run, trainer: Trainer, starter: Any) -> None:
     """Stop ``run`` when an exception leaves the training loop: no callback event is fired then.
 
-    An exception inside a guarded call that another guarded call is in the middle of may still be caught on its way, as
-    a user's callback does that tries ``trainer.evaluate()``; only one that leaves the outermost has ended training.
-
+    One that leaves a call inside another guarded call has not left it: a callback may evaluate, fail and go on.
     ``starter`` is the callback in whose on_train_begin this happens; those after it can still fail in theirs, which
     this event's own call, already under way, would not notice.
     """

@@ -13,6 +13,7 @@ from torch import nn
 from fastft_lightning.batches import TwinCollator
 from fastft_lightning.step import Step
 from fastft_plugins.errors import Declined
+from fastft_plugins.hooks import RunHook
 from fastft_plugins.packing.dataloader import wrap_dataloader
 from fastft_plugins.run import Run
 
@@ -48,11 +49,20 @@ def inject_batches(run: Run, causal_lm: nn.Module, wrap_collator: Callable[[Any]
     for function in (process_dataloader, batch_to_device, training_step):
         run.ledger.setattr(strategy, function.__name__, function)
     for hook in (
-        causal_lm.register_forward_pre_hook(step.give_row, with_kwargs=True),
-        causal_lm.register_forward_hook(step.take_output, with_kwargs=True),
+        causal_lm.register_forward_pre_hook(_StepHook(run, step.give_row), with_kwargs=True),
+        causal_lm.register_forward_hook(_StepHook(run, step.take_output), with_kwargs=True),
     ):
         run.ledger.record("a forward hook of the model", hook.remove)
     return "packed rows beside the batches of the train dataloader, given to the model inside training_step"
+
+
+class _StepHook(RunHook):
+    def __init__(self, run: Run, method: Callable[..., Any]) -> None:
+        super().__init__(run)
+        self.method = method
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.method(*arguments)
 
 
 def _check(trainer: Any, module: Any) -> None:

@@ -1,0 +1,56 @@
+"""Somebody else's code in a model: a replaced forward, a forward hook. What it does to the rows of a padded batch, a
+loss per sequence say, it would do to the one row of a packed batch without a word."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+# Packages whose forwards and hooks leave rows alone: precision, adapters, sharding, losses that are sums over tokens.
+_KNOWN = ("torch", "transformers", "accelerate", "peft", "trl", "liger_kernel", "deepspeed", "lightning",
+          "pytorch_lightning")  # fmt: skip
+_OURS = ("fastft_hf", "fastft_lightning", "fastft_plugins")
+
+
+def replaced_forward(modules: Iterable[nn.Module]) -> str | None:
+    """The reason if the forward of one of ``modules``, on the instance or its class, is code of unknown origin."""
+    for module in modules:
+        home = _foreign_home(module.forward)
+        if home is not None:
+            return f"the forward of {type(module).__name__} is replaced by code of {home}, which may look across rows"
+    return None
+
+
+def forward_hook(modules: Iterable[nn.Module]) -> str | None:
+    """The reason if one of ``modules`` has a forward hook of unknown origin."""
+    for module in modules:
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            home = _foreign_home(hook)
+            if home is not None:
+                return f"{type(module).__name__} has a forward hook of {home}, which may change the batch or the loss"
+    return None
+
+
+def _foreign_home(function: Any) -> str | None:
+    homes = (_home(layer) for layer in _layers(function))
+    return next((home for home in homes if home.split(".")[0] not in (*_KNOWN, *_OURS)), None)
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    """The function and what it wraps, outermost first."""
+    while function is not None:
+        if isinstance(function, functools.partial):
+            yield from _layers(function.func)
+        else:
+            function = getattr(function, "__func__", function)
+            yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _home(function: Any) -> str:
+    """The module whose code it is. Its ``__module__`` may be that of what it wraps: `functools.wraps` copies it."""
+    namespace = getattr(function, "__globals__", None)
+    return str(type(function).__module__ if namespace is None else namespace.get("__name__"))

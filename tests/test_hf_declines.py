@@ -1,0 +1,245 @@
+"""What packing cannot serve exactly stays stock, with the reason: code around the loss, settings, layers."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import transformers
+from family_models import tiny_family
+from hf_helpers import Pad, documents, losses, make_trainer, tiny_model
+from transformers import Trainer
+
+from fastft_plugins import FastFTCallback, FastFTError, apply
+from fastft_plugins.packing import PaddingFreeCollator
+
+
+def reason_for(target):
+    with apply(target) as run:
+        pass
+    packing = run.report.features["packing"]
+    assert not packing.enabled
+    return packing.reason
+
+
+# Code of one's own in the model: a loss per sequence, which a packed row would turn into another one
+
+
+def mean_per_sequence(output, labels):
+    logits, labels = output.logits[:, :-1], labels[:, 1:]
+    loss_BT = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    output["loss"] = (loss_BT.sum(1) / (labels != -100).sum(1)).mean()
+    return output
+
+
+def replace_forward(model):
+    original = model.forward
+
+    @functools.wraps(original)  # which makes it look like transformers' own
+    def forward(*args, labels=None, **kwargs):
+        return mean_per_sequence(original(*args, labels=labels, **kwargs), labels)
+
+    model.forward = forward
+
+
+def replace_by_a_partial(model):
+    original = model.forward
+
+    def forward(model, *args, labels=None, **kwargs):
+        return mean_per_sequence(original(*args, labels=labels, **kwargs), labels)
+
+    model.forward = functools.update_wrapper(functools.partial(forward, model), original)
+
+
+def hook_the_forward(model):
+    model.register_forward_hook(
+        lambda model, args, kwargs, output: mean_per_sequence(output, kwargs["labels"]), with_kwargs=True
+    )
+
+
+class DropsLastColumn:
+    def __call__(self, model, args, kwargs):
+        return args, kwargs | {name: kwargs[name][:, :-1] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def hook_the_inputs(model):
+    model.register_forward_pre_hook(DropsLastColumn(), with_kwargs=True)
+
+
+def replace_a_layer(model):
+    layer = model.get_base_model().model.layers[1] if hasattr(model, "get_base_model") else model.model.layers[1]
+    original = layer.forward
+    layer.forward = lambda hidden_BTH, **kwargs: original(hidden_BTH - hidden_BTH.mean(1, keepdim=True), **kwargs)
+
+
+CHANGES = [replace_forward, replace_by_a_partial, hook_the_forward, hook_the_inputs, replace_a_layer]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_code_of_ones_own_in_the_model_declines_and_stays_stock(tmp_path, change):
+    callback = FastFTCallback()
+    stock, ours = (make_trainer(tmp_path, tiny_model(), callbacks=each, max_steps=2) for each in ([], [callback]))
+    for trainer in (stock, ours):
+        change(trainer.model)
+        trainer.train()
+    packing = callback.report.features["packing"]
+    assert not packing.enabled and "test_hf_declines" in packing.reason
+    assert losses(ours) == losses(stock)
+
+
+@pytest.mark.parametrize("change", CHANGES[:-1], ids=lambda change: change.__name__)
+def test_code_of_ones_own_around_the_model_declines(tmp_path, change):
+    peft = pytest.importorskip("peft")
+    trainer = make_trainer(tmp_path, peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"])))
+    change(trainer.model)
+    assert "PeftModel" in (reason := reason_for(trainer)) and "test_hf_declines" in reason
+
+
+def test_a_forward_replaced_on_the_class_declines(monkeypatch):
+    original = transformers.LlamaForCausalLM.forward
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", lambda *args, **kwargs: original(*args, **kwargs))
+    assert "the forward of LlamaForCausalLM is replaced by code of test_hf_declines" in reason_for(tiny_model())
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["accelerate's alone", "one's own inside accelerate's"])
+def test_mixed_precision_replaces_the_forward_too(tmp_path, own):
+    """accelerate wraps it in autocast and a cast of the outputs, whatever it finds there."""
+    callback = FastFTCallback()
+    trainer = make_trainer(tmp_path, tiny_model(), callbacks=[callback], bf16=True, max_steps=2)
+    if own:
+        replace_forward(trainer.model)
+    trainer.train()
+    assert "forward" in vars(trainer.model)
+    assert callback.report.features["packing"].enabled != own
+
+
+def test_hooks_of_accelerate_change_nothing(tmp_path):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny_model().train()
+    hooks.add_hook_to_module(model, hooks.ModelHook())
+    hooks.add_hook_to_module(model.model.layers[0], hooks.ModelHook())
+    with apply(model, {"packing": "on"}) as run:
+        model(**run.collator(Pad())(documents(4))).loss.backward()
+    assert run.report.features["packing"].enabled
+
+
+# Two runs on one model
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_a_second_run_through_another_root_declines(inner_first):
+    model = tiny_model().train()
+    roots = [model, torch.nn.Sequential(model)] if inner_first else [torch.nn.Sequential(model), model]
+    padded = Pad()(documents(4))
+    stock = model(**padded).loss
+    with apply(roots[0]) as run:
+        with apply(roots[1]) as second:
+            assert torch.equal(model(**padded).loss, stock)
+        assert "another run" in second.report.features["packing"].reason
+        torch.testing.assert_close(model(**run.collator(lambda batch: batch)(padded)).loss, stock)
+    assert run.report.features["packing"].metrics["packed_batches"] == 1
+    assert torch.equal(model(**padded).loss, stock) and not model.model._forward_pre_hooks
+
+
+# Settings of the Trainer
+
+
+LOSS_METHODS = ["compute_loss", "training_step", "_prepare_inputs", "get_batch_samples", "_get_num_items_in_batch"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return make_trainer(tmp_path_factory.mktemp("trainer"), tiny_model())
+
+
+@pytest.mark.parametrize("name", LOSS_METHODS)
+def test_a_method_that_decides_the_loss_declines_where_it_is_overridden(plain, monkeypatch, name):
+    def own(self, *args, **kwargs):
+        return getattr(super(type(self), self), name)(*args, **kwargs)
+
+    monkeypatch.setattr(plain, "__class__", type("Own", (Trainer,), {name: own}))
+    assert f"overrides {name}: its loss may not be a sum over tokens" in reason_for(plain)
+
+
+@pytest.mark.parametrize("name", LOSS_METHODS)
+def test_a_method_that_decides_the_loss_declines_where_it_is_replaced(plain, monkeypatch, name):
+    monkeypatch.setattr(plain, name, functools.partial(getattr(plain, name)), raising=False)
+    assert f"overrides {name}" in reason_for(plain)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("_n_gpu", 2, "DataParallel splits batches by rows"),
+        ("torch_compile", True, "torch_compile would compile again"),
+    ],
+)
+def test_settings_that_packing_cannot_serve_decline(plain, monkeypatch, setting, value, reason):
+    monkeypatch.setattr(plain.args, setting, value)
+    assert reason in reason_for(plain)
+
+
+def test_prompt_learning_declines():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    assert "prompt learning" in reason_for(peft.get_peft_model(tiny_model(), config))
+
+
+# Layers
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: setattr(model.config, "is_causal", False), "is_causal is False in the model's config"),
+        (lambda model: setattr(model.model.layers[1].self_attn, "is_causal", False), "are not causal"),
+        (lambda model: setattr(model.config, "use_bidirectional_attention", True), "use_bidirectional_attention"),
+        (lambda model: setattr(model.config, "use_bidirectional_attention", "all"), "use_bidirectional_attention"),
+        (
+            lambda model: setattr(model.model.layers[1].self_attn, "attention_dropout", 0.1),
+            "attention_dropout of Llama",
+        ),
+        (
+            lambda model: model.model.layers[1].self_attn.add_module("attn_dropout", torch.nn.Dropout(0.1)),
+            "attn_dropout of LlamaAttention is 0.1",
+        ),
+        (
+            lambda model: setattr(
+                model.config, "rope_parameters", {"full_attention": ROPE, "sliding_attention": DYNAMIC}
+            ),
+            "'dynamic' rotary embedding",
+        ),
+    ],
+    ids=["config", "layer", "bidirectional", "all", "dropout of a layer", "dropout module of a layer", "rope by layer"],
+)
+def test_layers_that_packing_cannot_serve_decline(change, reason):
+    model = tiny_model()
+    change(model)
+    assert reason in reason_for(model)
+
+
+def test_dropout_that_begins_during_a_run_is_an_error():
+    """Not before: then the run declines."""
+    model = tiny_model().train()
+    with apply(model, {"packing": "on"}) as run, pytest.raises(FastFTError, match="calls attention with 'dropout'"):
+        model.model.layers[1].self_attn.attention_dropout = 0.1
+        model(**run.collator(Pad())(documents(4)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_padded_evaluation_gets_the_attention_that_the_model_had(family):
+    model, batch = tiny_family(family).eval(), Pad()(documents(4))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        stock = model(**batch, output_attentions=True)
+        with apply(model, {"packing": "on"}):
+            inside = model(**batch, output_attentions=True)
+            packed = model(**PaddingFreeCollator(Pad())(documents(4)))
+    assert torch.equal(inside.logits, stock.logits) and packed.attentions is None
+    assert stock.attentions[0] is not None
+    assert all(map(torch.equal, inside.attentions, stock.attentions))
