@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from hf_helpers import Pad, documents, tiny_model
-from lightning_helpers import ROOT, Module, declare_entry_points, loader, make_trainer
+from lightning_helpers import ROOT, Module, OwnLoss, declare_entry_points, loader, make_trainer
 from transformers import AttentionInterface
 
 import fastft_plugins
@@ -200,13 +200,33 @@ class MovesItself(Module):
         return batch
 
 
+class LossInTheModel(Module):
+    """A loss per sequence put into the model's own forward, where it looks like the model's own loss."""
+
+    def __init__(self):
+        super().__init__()
+        forward = self.model.forward
+
+        def with_another_loss(labels=None, **kwargs):
+            output = forward(labels=labels, **kwargs)
+            output["loss"] = OwnLoss.mean_per_sequence(output.logits, labels)
+            return output
+
+        self.model.forward = with_another_loss
+
+
 class NoModel(Module):
     def __init__(self):
         super().__init__(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(
-    ("make_module", "reason"), [(Manual, "manual optimization"), (MovesItself, "on_after_batch_transfer")]
+    ("make_module", "reason"),
+    [
+        (Manual, "manual optimization"),
+        (MovesItself, "on_after_batch_transfer"),
+        (LossInTheModel, "the forward of LlamaForCausalLM is replaced by code of test_lightning_lifecycle"),
+    ],
 )
 def test_modules_that_packing_cannot_serve_train_stock(tmp_path, make_module, reason, caplog):
     stock, ours, callback = make_module(), make_module(), FastFTLightningCallback()

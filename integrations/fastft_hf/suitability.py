@@ -34,7 +34,6 @@ def why_not(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
         _why_not_class(causal_lm)
         or _why_not_config(causal_lm.config)
         or _why_not_wrapper(model)
-        or foreign.replaced_forward([causal_lm])
         or foreign.forward_hook([causal_lm])
     )
 
@@ -54,7 +53,8 @@ def why_not_attention(causal_lm: PreTrainedModel, attentions: Sequence[nn.Module
             rate = value.p if isinstance(value, nn.Dropout) else value
             if "drop" in attribute and isinstance(rate, float) and rate > 0:
                 return f"{attribute} of {type(attention).__name__} is {rate}; {_RANDOM}"
-    # Only the modules that hold attention: it is common, and harmless, to replace what treats each token by itself.
+    # The model and the parts of it that hold attention: it is common, and harmless, to replace what treats each token
+    # by itself.
     wanted = set(attentions)
     return foreign.replaced_forward(module for module in causal_lm.modules() if wanted & set(module.modules()))
 
