@@ -64,6 +64,7 @@ class Run:
         self.report = Report(framework=target.framework, model=type(target.model).__name__)
         self.ledger = Ledger()
         self.wrap_collator: Callable[..., Any] | None = None  # set by the packing feature, refined by adapters
+        self.has_given_collator = False
         self._features: list[Feature] = []
         weakref.finalize(self, self.ledger.close).atexit = False
 
@@ -97,6 +98,7 @@ class Run:
         """
         if self.wrap_collator is None or not self.report.features["packing"].enabled:
             return inner
+        self.has_given_collator = True
         return self.wrap_collator(inner)
 
     def start(self) -> Run:
@@ -235,6 +237,10 @@ def joinable_run(model: nn.Module, trainer: Any) -> Run | None:
     outer = active_run(model)
     if outer is None or outer.serves(trainer):
         return outer
+    if not outer.is_orphan:
+        note = "another Trainer began to train this model, which ended this run; training went on as stock"
+        outer.report.notes.append(note)
+        logger.warning("fastft: %s", note)
     outer.stop()
     return None
 

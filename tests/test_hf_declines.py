@@ -124,6 +124,119 @@ def test_hooks_of_accelerate_change_nothing(tmp_path):
     assert run.report.features["packing"].enabled
 
 
+def per_sequence(logits, labels, *args, **kwargs):
+    loss_BT = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    return (loss_BT.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+
+
+@pytest.mark.parametrize("how", ["property of the class", "mapping of transformers", "call of the class"])
+def test_a_loss_replaced_for_all_models_declines(monkeypatch, how):
+    model_class = transformers.LlamaForCausalLM
+    if how == "property of the class":
+        monkeypatch.setattr(model_class, "loss_function", property(lambda self: per_sequence))
+    elif how == "mapping of transformers":
+        monkeypatch.setitem(transformers.loss.loss_utils.LOSS_MAPPING, "ForCausalLM", per_sequence)
+    else:
+        original = torch.nn.Module.__call__
+        monkeypatch.setattr(model_class, "__call__", lambda *args, **kwargs: original(*args, **kwargs), raising=False)
+    assert "test_hf_declines" in reason_for(tiny_model())
+
+
+def test_a_method_of_the_trainer_that_is_decorated_declines(tmp_path):
+    """A decorator copies the module of what it wraps."""
+
+    @functools.wraps(Trainer.compute_loss)
+    def compute_loss(self, model, inputs, **kwargs):
+        return per_sequence(model(input_ids=inputs["input_ids"]).logits, inputs["labels"])
+
+    own = type("Own", (Trainer,), {"compute_loss": compute_loss})
+    assert "overrides compute_loss" in reason_for(make_trainer(tmp_path, tiny_model(), trainer_class=own))
+
+
+def test_a_smoother_of_ones_own_declines(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_model(), label_smoothing_factor=0.1)
+    trainer.label_smoother = lambda outputs, labels, shift_labels=False: per_sequence(outputs.logits, labels)
+    assert "label_smoother was replaced" in reason_for(trainer)
+
+
+def test_a_loader_that_changes_its_batches_declines(tmp_path):
+    class Masks(torch.utils.data.DataLoader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                batch["labels"][:, :3] = -100
+                yield batch
+
+    class Own(Trainer):
+        def get_train_dataloader(self):
+            return Masks(self.train_dataset, batch_size=4, collate_fn=Pad())
+
+    callback = FastFTCallback()
+    stock, ours = (
+        make_trainer(tmp_path, tiny_model(), callbacks=each, trainer_class=Own, max_steps=2)
+        for each in ([], [callback])
+    )
+    stock.train(), ours.train()
+    assert "Masks makes its batches by code of test_hf_declines" in callback.report.features["packing"].reason
+    assert losses(ours) == losses(stock)
+
+
+@pytest.mark.parametrize("part", ["mlp", "lm_head"])
+def test_a_layer_of_ones_own_declines(part):
+    """It may mix tokens, as a convolution does."""
+
+    class Convolution(torch.nn.Module):
+        def forward(self, hidden_BTH):
+            return hidden_BTH.cumsum(1)
+
+    model = tiny_model()
+    setattr(model if part == "lm_head" else model.model.layers[1], part, Convolution())
+    assert "Convolution, of test_hf_declines, may look at other tokens" in reason_for(model)
+
+
+@pytest.mark.parametrize("what", ["function", "mask"])
+def test_attention_of_ones_own_declines(monkeypatch, what):
+    if what == "function":
+        functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+        stock = functions["sdpa"]
+        monkeypatch.setitem(functions._global_mapping, "sdpa", lambda *args, **kwargs: stock(*args, **kwargs))
+    else:
+        module = transformers.models.llama.modeling_llama
+        stock = module.create_causal_mask
+        monkeypatch.setattr(module, "create_causal_mask", lambda *args, **kwargs: stock(*args, **kwargs))
+    assert "LlamaAttention attends by code of test_hf_declines" in reason_for(tiny_model())
+
+
+@pytest.mark.parametrize("change", [hook_the_forward, replace_forward], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin"])
+def test_code_that_comes_after_the_run_has_begun_is_an_error(tmp_path, change, event):
+    late = transformers.TrainerCallback()
+    setattr(late, event, lambda args, state, control, model=None, **kwargs: change(model))
+    callback = FastFTCallback()
+    trainer = make_trainer(tmp_path, tiny_model(), callbacks=[callback, late])
+    with pytest.raises(FastFTError, match=r"since training began: .*packing='off'"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and callback.report.state == "stopped by FastFTError"
+
+
+def test_weights_of_attention_cannot_be_had_from_a_packed_row():
+    model = tiny_model().train()
+    model.set_attn_implementation("eager")
+    with apply(model) as run, pytest.raises(FastFTError, match="output_attentions=True"):
+        model(**run.collator(Pad())(documents(3)), output_attentions=True)
+
+
+def test_a_row_that_lost_its_metadata_is_an_error():
+    """Stock attention would mix its documents, since models keep a cache by default."""
+    model = tiny_model().train()
+    with apply(model) as run:
+        batch = run.collator(Pad())(documents(3))
+        with pytest.raises(FastFTError, match=r"pass all of the batch on, model\(\*\*batch\)"):
+            model(input_ids=batch["input_ids"], labels=batch["labels"])
+        with pytest.raises(KeyError, match="this packed batch has no 'attention_mask'"):
+            batch["attention_mask"]
+        model(**Pad()(documents(1)))  # a padded batch of one row is no such row
+
+
 # Two runs on one model
 
 
@@ -145,7 +258,10 @@ def test_a_second_run_through_another_root_declines(inner_first):
 # Settings of the Trainer
 
 
-LOSS_METHODS = ["compute_loss", "training_step", "_prepare_inputs", "get_batch_samples", "_get_num_items_in_batch"]
+LOSS_METHODS = [
+    "compute_loss", "training_step", "_prepare_inputs", "_prepare_input", "get_batch_samples",
+    "_get_num_items_in_batch",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

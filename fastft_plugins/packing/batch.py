@@ -17,6 +17,9 @@ class PackedBatch(dict[str, Any]):
                 self[name] = value.to(device, non_blocking=non_blocking)
         return self
 
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(f"this packed batch has no '{name}'; it has {', '.join(self)}")
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ _BARE = "no packed metadata came with it; in a loop of your own, give the loader
 class DecoderHook(RunHook):
     """The decoder's forward pre-hook: readies a packed batch for attention, and counts the batches that train."""
 
-    def __init__(self, run: Run, family: Family, counts_bare: bool) -> None:
+    def __init__(
+        self, run: Run, family: Family, counts_bare: bool, checks: Sequence[Callable[[], str | None]] = ()
+    ) -> None:
         super().__init__(run)
-        self.family, self.counts_bare = family, counts_bare
+        self.family, self.counts_bare, self.checks = family, counts_bare, checks
 
     def __call__(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         metadata = kwargs.get(METADATA_KEY)
         is_training = decoder.training and torch.is_grad_enabled()
         if metadata is None:
+            self._check_bare(args, kwargs)
             if is_training and self.counts_bare:
                 count_unpacked(self.run, _BARE, None)
             count_of(self.run).may_have_trained |= torch.is_grad_enabled() and self.counts_bare
@@ -46,6 +50,7 @@ class DecoderHook(RunHook):
             return args, kwargs
         _check_unchanged(metadata, args, kwargs)
         _check_positions(metadata, self.family)
+        self._check_code(decoder, kwargs)
         if torch.is_grad_enabled():  # whatever the mode: models come from_pretrained in that of evaluation
             count_packed(self.run, metadata)
         device = _inputs(args, kwargs).device
@@ -54,6 +59,27 @@ class DecoderHook(RunHook):
         kwargs["attention_mask"] = _make_mask(metadata)
         kwargs["use_cache"] = False
         return args, kwargs
+
+    def _check_code(self, decoder: Any, kwargs: dict[str, Any]) -> None:
+        """Raise if somebody's code came since the run began; the padding with which stock could train is gone."""
+        reason = next((reason for check in self.checks if (reason := check()) is not None), None)
+        if reason is not None:
+            raise FastFTError(
+                f"since training began: {reason}. Packed rows are no longer safe: make that change before training "
+                "begins, in a callback that comes before FastFTCallback, or train with packing='off'"
+            )
+        if kwargs.get("output_attentions") and decoder.config._attn_implementation == "eager":
+            raise FastFTError("output_attentions=True: packed attention forms no weights; train with packing='off'")
+
+    def _check_bare(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Raise for a row of this run's collator that lost its metadata: stock attention may mix its documents."""
+        inputs = _inputs(args, kwargs)
+        is_row = inputs is not None and inputs.shape[0] == 1 and kwargs.get("attention_mask") is None
+        if self.run.has_given_collator and is_row and torch.is_grad_enabled():
+            raise FastFTError(
+                f"a row came without its '{METADATA_KEY}', which run.collator puts into every batch and without which "
+                "documents mix: pass all of the batch on, model(**batch), and count labels[:, 1:] where you count them"
+            )
 
 
 def _check_unchanged(metadata: PackedMetadata, args: Any, kwargs: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastft_hf.classes import written_class
 from fastft_hf.decoder_hook import DecoderHook
 from fastft_hf.stand_in import StandInConfig
-from fastft_hf.suitability import family_of, why_not, why_not_attention
+from fastft_hf.suitability import family_of, why_not, why_not_attention, why_not_code
 from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.packing import METADATA_KEY, packed_attention
 from fastft_plugins.run import Run
@@ -62,10 +63,13 @@ def not_a_causal_lm(model: nn.Module) -> Declined:
     )
 
 
-def inject_packed_attention(run: Run, causal_lm: PreTrainedModel, *, counts_bare: bool) -> str:
+def inject_packed_attention(
+    run: Run, causal_lm: PreTrainedModel, *, counts_bare: bool, checks: Sequence[Callable[[], str | None]] = ()
+) -> str:
     """Install both seams through the run's ledger.
 
     Args:
+        checks: asked at every packed batch, beside the model's own: the reason why packing is no longer exact, or None.
         counts_bare: whether each training batch should come with metadata, so that one without counts as unpacked.
 
     Raises:
@@ -79,7 +83,8 @@ def inject_packed_attention(run: Run, causal_lm: PreTrainedModel, *, counts_bare
     for attention in attentions:
         run.ledger.setattr(attention, "config", StandInConfig(attention.config, _attn_implementation=_ATTENTION_NAME))
     decoder = _innermost_model(causal_lm, attentions)
-    hook = DecoderHook(run, family_of(causal_lm), counts_bare)
+    checks = (partial(why_not_code, causal_lm), *checks)
+    hook = DecoderHook(run, family_of(causal_lm), counts_bare, checks)
     run.ledger.record(
         "the decoder's forward pre-hook", decoder.register_forward_pre_hook(hook, with_kwargs=True).remove
     )

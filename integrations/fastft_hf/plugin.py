@@ -43,7 +43,8 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str |
     if reason is not None:
         raise Declined(reason)
     # The adapter of another trainer may have reasons of its own for a batch without metadata.
-    changes = [model.inject_packed_attention(run, causal_lm, counts_bare=has_trainer or is_loop)]
+    checks = [partial(trainer.why_not_loss, run.target.trainer)] if has_trainer else []
+    changes = [model.inject_packed_attention(run, causal_lm, counts_bare=has_trainer or is_loop, checks=checks)]
     moves_positions = family_of(causal_lm).moves_positions
     if run.wrap_collator is not None:
         run.wrap_collator = partial(run.wrap_collator, move_positions=moves_positions)

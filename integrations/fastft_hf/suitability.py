@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastft_hf import foreign
 from fastft_hf.classes import written_class
@@ -19,6 +21,8 @@ _IMPLEMENTATIONS = ("sdpa", "eager")
 _KNOWN_WRAPPERS = ("peft", "torch", "accelerate", "transformers")
 # Rotary embeddings whose angles depend on the longest row of the padded batch.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# The names under which models know transformers' functions for masks.
+_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")
 _RANDOM = "what it draws at random depends on the padding, packed attention has no dropout"
 
 
@@ -34,8 +38,17 @@ def why_not(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
         _why_not_class(causal_lm)
         or _why_not_config(causal_lm.config)
         or _why_not_wrapper(model)
-        or foreign.forward_hook([causal_lm])
+        or why_not_code(causal_lm)
+        or foreign.layer(causal_lm.modules())
     )
+
+
+def why_not_code(causal_lm: PreTrainedModel) -> str | None:
+    """The reason if somebody else's code may change the loss of ``causal_lm`` itself, or its batch; quick to find."""
+    home = foreign.foreign_home(causal_lm.loss_function)
+    if home is not None:
+        return f"{type(causal_lm).__name__} has a loss function of {home}, which may not be a sum over tokens"
+    return foreign.replaced_forward([causal_lm]) or foreign.forward_hook([causal_lm])
 
 
 def why_not_attention(causal_lm: PreTrainedModel, attentions: Sequence[nn.Module]) -> str | None:
@@ -53,10 +66,23 @@ def why_not_attention(causal_lm: PreTrainedModel, attentions: Sequence[nn.Module
             rate = value.p if isinstance(value, nn.Dropout) else value
             if "drop" in attribute and isinstance(rate, float) and rate > 0:
                 return f"{attribute} of {type(attention).__name__} is {rate}; {_RANDOM}"
+        home = _foreign_attention(attention)
+        if home is not None:
+            return f"{type(attention).__name__} attends by code of {home}; packed attention would take its place"
     # The model and the parts of it that hold attention: it is common, and harmless, to replace what treats each token
     # by itself.
     wanted = set(attentions)
     return foreign.replaced_forward(module for module in causal_lm.modules() if wanted & set(module.modules()))
+
+
+def _foreign_attention(attention: nn.Module) -> str | None:
+    """Where the layer's attention function, or the mask it is given, comes from, if that is unknown."""
+    config: Any = attention.config
+    written_in = sys.modules[written_class(attention).__module__]
+    eager = getattr(written_in, "eager_attention_forward", None)
+    masks = (getattr(written_in, name, None) for name in _MASKS)
+    functions = (ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager), *masks)
+    return next((home for each in functions if each is not None and (home := foreign.foreign_home(each))), None)
 
 
 def layer_kinds(config: Any) -> frozenset[str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import Trainer
 
+from fastft_hf import foreign
+from fastft_hf.foreign import home_of
 from fastft_plugins.errors import Declined
 from fastft_plugins.packing.dataloader import wrap_dataloader
 from fastft_plugins.run import Run
@@ -19,6 +21,7 @@ _LOSS_METHODS = (
     "compute_loss",
     "training_step",
     "_prepare_inputs",
+    "_prepare_input",
     "get_batch_samples",
     "_get_num_items_in_batch",
 )
@@ -109,15 +112,26 @@ def inject_collator(run: Run, wrap_collator: Callable[[Any], Any]) -> str:
     return _WRAPPED + _NOT_YET
 
 
+def why_not_loss(trainer: Trainer) -> str | None:
+    """The reason if the loss of ``trainer`` may not be a sum over tokens; quick to find."""
+    try:
+        _check_loss(trainer)
+    except Declined as declined:
+        return str(declined)
+    return None
+
+
 def _check_loss(trainer: Trainer) -> None:
     if trainer.compute_loss_func is not None:
         raise Declined("compute_loss_func is set: the loss of your own may not be a sum over tokens")
     for name in _LOSS_METHODS:
         method = getattr(trainer, name)
-        owner = getattr(method, "__func__", method)
-        if name in vars(trainer) or owner.__module__ not in _STOCK_MODULES:
+        *around, owner = foreign.layers(method)  # a decorator copies the module of what it wraps
+        if name in vars(trainer) or any(map(foreign.foreign_home, around)) or home_of(owner) not in _STOCK_MODULES:
             where = getattr(owner, "__qualname__", name)
             raise Declined(f"{where} overrides {name}: its loss may not be a sum over tokens")
+    if foreign.foreign_home(trainer.label_smoother or _check_loss) is not None:
+        raise Declined("label_smoother was replaced: its loss may not be a sum over tokens")
     if trainer.neftune_noise_alpha:
         raise Declined("neftune_noise_alpha is set: the size of its noise depends on the length of the padded rows")
     if not getattr(trainer, "_loss_shifts_labels", True):
@@ -137,4 +151,7 @@ def _wrap(run: Run, train_dataloader: Any, wrap_collator: Callable[[Any], Any]) 
             "the dataloader dispatches slices of one batch to all processes, the default for a stream even with one "
             "process; set accelerator_config={'dispatch_batches': False}"
         )
+    home = foreign.foreign_home(type(loader).__iter__)
+    if home is not None:
+        raise Declined(f"{type(loader).__name__} makes its batches by code of {home}, which may change packed rows")
     wrap_dataloader(run, loader, wrap_collator)
