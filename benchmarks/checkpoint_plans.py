@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from benchmarks.shapes import enable_checkpointing
 from fastft_plugins.checkpointing import OffloadCheckpoint
 
 Function = Callable[..., Any]
@@ -32,13 +32,13 @@ class Plans:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
         self._hf_offload = _hf_offload(model, self.layers[0])
         self.offload = OffloadCheckpoint()
 
     @property
     def names(self) -> list[str]:
-        """All plans that this installation knows; the ones that answer the most come first."""
+        """All plans that this machine can run; the ones that answer the most come first."""
         depth = len(self.layers)
         kept = [f"keep-{depth * share // 8}" for share in (4, 6, 7)]
         names = ["plain", "offload", "hf-offload", "every-2", "every-4", *kept, "none", "products", "products+offload"]
@@ -88,14 +88,10 @@ def _storing(ops: set[Any]) -> tuple[AbstractContextManager[Any], AbstractContex
     return contexts
 
 
-def _hf_offload(model: Any, layer: Any) -> Function | None:
-    """The function that transformers gives its layers for ``offload=True``; None where it has no such option.
-
-    Without a GPU that function fails: it asks for page-locked memory.
-    """
-    options = inspect.signature(model.get_base_model().activation_checkpointing_enable).parameters
-    if "offload" not in options or not torch.cuda.is_available():
+def _hf_offload(model: nn.Module, layer: Any) -> Function | None:
+    """The function that transformers gives its layers for ``offload=True``; None without a GPU, where it fails."""
+    if not torch.cuda.is_available():
         return None
-    model.activation_checkpointing_enable({"use_reentrant": False}, offload=True)
+    enable_checkpointing(model, offload=True)
     function: Function = layer._gradient_checkpointing_func
     return function

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-import logging
 
 import pytest
 import torch
@@ -12,13 +12,23 @@ from hf_helpers import Gradients, documents, losses, make_trainer, tiny_model
 from lazy_transfer import LazyTransfer
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.shapes import checkpointing_argument, enable_checkpointing
 from fastft_plugins import FastFTCallback, FastFTError, apply
 from fastft_plugins.checkpointing import OffloadCheckpoint
 from fastft_plugins.checkpointing import feature as feature_module
 from fastft_plugins.kernels import transfer as transfer_module
 
-OPTIONS = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
-ONLY = {"packing": "off", "moe": "off"}
+ONLY = {"packing": "off", "moe": "off", "checkpointing": "on"}
+AUTO = ONLY | {"checkpointing": "auto"}
+
+
+def options_of(**checkpoint_options):
+    """The TrainingArguments that switch checkpointing on."""
+    name = checkpointing_argument()
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False} | checkpoint_options}
+
+
+OPTIONS = options_of()
 
 
 @pytest.fixture
@@ -35,7 +45,7 @@ def lazy(monkeypatch):
 
 def checkpointed_model(**options):
     model = tiny_model(attention_dropout=0.1, attn_implementation="eager").train()
-    model.activation_checkpointing_enable({"use_reentrant": False}, **options)
+    enable_checkpointing(model, **options)
     return model
 
 
@@ -134,59 +144,54 @@ DECLINED = [
 
 
 @pytest.mark.parametrize(("keywords", "options", "reason"), DECLINED, ids=["reentrant", "offload"])
-def test_other_ways_of_checkpointing_stay_and_the_report_says_why(keywords, options, reason, lazy, caplog):
+def test_other_ways_of_checkpointing_are_an_error_that_says_why(keywords, options, reason, lazy):
     model = tiny_model().train()
-    model.activation_checkpointing_enable(keywords, **options)
+    enable_checkpointing(model, keywords, **options)
     before = functions(model)
-    with caplog.at_level(logging.WARNING, "fastft"), apply(model, ONLY) as run:
-        assert functions(model) == before
-    assert not run.report.features["checkpointing"].enabled
-    assert reason in run.report.features["checkpointing"].reason
-    assert reason in caplog.text
-    with pytest.raises(FastFTError, match=reason), apply(model, ONLY | {"checkpointing": "on"}):
+    with pytest.raises(FastFTError, match=reason), apply(model, ONLY):
         pass
+    assert functions(model) == before
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({}, "not switched on"),
-        ({**OPTIONS, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant=True"),
+        (options_of(use_reentrant=True), "use_reentrant=True"),
     ],
     ids=["off", "reentrant"],
 )
 @pytest.mark.parametrize("switch", ["callback", "apply"])
-def test_trainers_of_other_ways_stay_stock(switch, options, reason, lazy, tmp_path):
-    callback = FastFTCallback(ONLY)
-    trainer = make_trainer(tmp_path, tiny_model(), callbacks=[callback] if switch == "callback" else [], **options)
-    if switch == "apply":
-        with apply(trainer, ONLY) as run:
-            trainer.train()
-        report = run.report
-    else:
+def test_trainers_of_other_ways_do_not_begin(switch, options, reason, lazy, tmp_path):
+    callbacks = [FastFTCallback(ONLY)] if switch == "callback" else []
+    trainer = make_trainer(tmp_path, tiny_model(), callbacks=callbacks, **options)
+    block = apply(trainer, ONLY) if switch == "apply" else contextlib.nullcontext()
+    with pytest.raises(FastFTError, match=reason), block:
         trainer.train()
-        report = callback.report
-    entry = report.features["checkpointing"]
-    assert not entry.enabled and reason in entry.reason
-    assert lazy.copies == 0
+    assert trainer.state.global_step == 0 and lazy.copies == 0
 
 
-def test_it_is_not_on_where_nothing_is_checkpointed(lazy, caplog):
+@pytest.mark.parametrize("keywords", [{"use_reentrant": False}, {"use_reentrant": True}])
+def test_auto_leaves_it_off_and_says_so_in_the_report_alone(keywords, lazy, caplog):
     model = tiny_model().train()
-    with apply(model, ONLY | {"strict": True}) as run:
+    enable_checkpointing(model, keywords)
+    before = functions(model)
+    with apply(model, AUTO | {"strict": True}) as run:
         step(model)
-    assert run.report.features["checkpointing"].reason == "activation checkpointing is not switched on"
-    assert not caplog.records
+        assert functions(model) == before
+    entry = run.report.features["checkpointing"]
+    assert not entry.enabled and "no time has been measured" in entry.reason and "checkpointing='on'" in entry.reason
+    assert not caplog.records and lazy.copies == 0
 
 
-def test_without_a_gpu_it_stays_off_without_a_warning(caplog):
+def test_without_a_gpu_auto_says_so_and_on_is_an_error(caplog):
     model = checkpointed_model()
-    with apply(model, ONLY) as run:
+    with apply(model, AUTO) as run:
         step(model)
     entry = run.report.features["checkpointing"]
     assert not entry.enabled and "no NVIDIA GPU" in entry.reason
     assert not caplog.records
-    with pytest.raises(FastFTError, match="no NVIDIA GPU"), apply(model, ONLY | {"checkpointing": "on"}):
+    with pytest.raises(FastFTError, match="no NVIDIA GPU"), apply(model, ONLY):
         pass
 
 
@@ -202,15 +207,14 @@ def test_a_failing_step_restores_everything(lazy):
 def test_trl_activation_offloading_stays(lazy, tmp_path):
     trainer = make_trainer(tmp_path, tiny_model(), **OPTIONS)
     trainer.args.activation_offloading = True  # as in TRL's configs; its trainers need an accelerator for it
-    with apply(trainer, ONLY) as run:
+    with pytest.raises(FastFTError, match="activation_offloading=True"), apply(trainer, ONLY):
         pass
-    assert "activation_offloading=True" in run.report.features["checkpointing"].reason
 
 
 def test_lora(lazy):
     peft = pytest.importorskip("peft")
     model = tiny_model()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)).train()
 
     def lora_step():

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastft_plugins.run import Run
 
 _REASON = "the inputs of checkpointed layers wait in host memory, copied beside the computation"
+_UNMEASURED = "it saves device memory, but no time has been measured to be won yet; checkpointing='on' switches it on"
 
 
 class CheckpointingFeature:
@@ -30,6 +31,8 @@ class CheckpointingFeature:
         reason = transfer.why_no_transfer(parameter.device)
         if reason is not None:
             raise NothingToWin(reason)
+        if run.config.mode(self.name) == "auto":
+            raise NothingToWin(_UNMEASURED)
         changes = run.call("fastft_inject_reloader", checkpoint_fn=self._checkpoint)
         run.report.features[self.name].changes.extend(changes)
         run.ledger.record("the host memory of checkpoints", self._checkpoint.close)
