@@ -5,23 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint
+from fastft_plugins.checkpointing.gauge import make_gauge
+from fastft_plugins.checkpointing.planned import PlannedCheckpoint
 from fastft_plugins.errors import NothingToWin
 from fastft_plugins.kernels import transfer
 
 if TYPE_CHECKING:
     from fastft_plugins.run import Run
 
-_REASON = "the inputs of checkpointed layers wait in host memory, copied beside the computation"
-_UNMEASURED = "it saves device memory, but no time has been measured to be won yet; checkpointing='on' switches it on"
+_REASON = "layers for which there is memory are kept whole, the others are checkpointed"
+_UNMEASURED = "no time has been measured to be won by it yet; checkpointing='on' switches it on"
 
 
 class CheckpointingFeature:
-    """Checkpointed layers leave nothing on the device between forward and backward, and the step takes as long."""
+    """Of the layers that the user has checkpointed, only those run again in the backward that memory is needed for."""
 
     name = "checkpointing"
 
     def __init__(self) -> None:
-        self._checkpoint = OffloadCheckpoint()
+        self._checkpoint: PlannedCheckpoint | None = None
 
     def start(self, run: Run) -> str:
         """See `fastft_plugins.run.Feature`."""
@@ -33,6 +35,8 @@ class CheckpointingFeature:
             raise NothingToWin(reason)
         if run.config.mode(self.name) == "auto":
             raise NothingToWin(_UNMEASURED)
+        gauge = make_gauge(parameter.device, run.config.memory_budget)
+        self._checkpoint = PlannedCheckpoint(gauge, OffloadCheckpoint())
         changes = run.call("fastft_inject_reloader", checkpoint_fn=self._checkpoint)
         run.report.features[self.name].changes.extend(changes)
         run.ledger.record("the host memory of checkpoints", self._checkpoint.close)
@@ -40,9 +44,14 @@ class CheckpointingFeature:
 
     def stop(self, run: Run) -> None:
         """See `fastft_plugins.run.Feature`."""
-        entry = run.report.features[self.name]
-        entry.metrics.update(self._checkpoint.metrics())
-        for reason, calls in self._checkpoint.kept.most_common():
+        entry, planned = run.report.features[self.name], self._checkpoint
+        assert planned is not None  # a feature that has not started is not stopped
+        entry.metrics.update(planned.metrics())
+        entry.changes.append(planned.explain())
+        for reason, calls in planned.engine.kept.most_common():
             entry.changes.append(f"{calls:,} calls with stock checkpointing: {reason}")
-        if entry.enabled and not self._checkpoint.offloaded:
-            entry.enabled, entry.reason = False, "no checkpointed layer was offloaded"
+        if entry.enabled and not planned.calls["kept"] and not planned.engine.offloaded:
+            entry.enabled, entry.reason = (
+                False,
+                "nothing was kept whole or offloaded, as in stock checkpointing",
+            )
