@@ -189,20 +189,27 @@ def test_the_trainer_trains_as_with_stock_checkpointing(switch, packing, lazy, t
     assert lazy.live == []
 
 
-DECLINED = [
-    ({"use_reentrant": True}, {}, "use_reentrant=True"),
-    ({"use_reentrant": False}, {"offload": True}, "offload=True"),
-]
-
-
-@pytest.mark.parametrize(("keywords", "options", "reason"), DECLINED, ids=["reentrant", "offload"])
-def test_other_ways_of_checkpointing_are_an_error_that_says_why(keywords, options, reason, lazy):
+def test_reentrant_checkpointing_is_an_error_that_says_why(lazy):
     model = tiny_model().train()
-    enable_checkpointing(model, keywords, **options)
+    enable_checkpointing(model, {"use_reentrant": True})
     before = functions(model)
-    with pytest.raises(FastFTError, match=reason), apply(model, ONLY):
+    with pytest.raises(FastFTError, match="use_reentrant=True"), apply(model, ONLY):
         pass
     assert functions(model) == before
+
+
+@pytest.mark.parametrize("bytes_left", [0, 2**40])
+def test_offload_of_transformers_is_replaced_from_the_first_step_on(bytes_left, lazy, room):
+    room.bytes, expected = bytes_left, step(checkpointed_model())
+    model = checkpointed_model(offload=True)  # without a GPU, transformers' own function would fail
+    before = functions(model)
+    with apply(model, ONLY) as run:
+        for _ in range(3):
+            assert_equal(step(model), expected)
+    metrics = run.report.features["checkpointing"].metrics
+    assert metrics["offloaded_calls"] == (3 if bytes_left else 9)
+    assert metrics["kept_layers" if bytes_left else "offloaded_layers"] == 3
+    assert functions(model) == before and lazy.live == []
 
 
 @pytest.mark.parametrize(
@@ -245,6 +252,14 @@ def test_without_a_gpu_auto_says_so_and_on_is_an_error(caplog):
     assert not caplog.records
     with pytest.raises(FastFTError, match="no NVIDIA GPU"), apply(model, ONLY):
         pass
+
+
+def test_a_model_on_several_devices_is_left_alone(lazy, caplog):
+    model = checkpointed_model()
+    model.lm_head.to("meta")
+    with apply(model, AUTO) as run:
+        pass
+    assert "on 2 devices" in run.report.features["checkpointing"].reason and not caplog.records
 
 
 def test_a_failing_step_restores_everything(lazy):

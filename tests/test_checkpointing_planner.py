@@ -57,6 +57,12 @@ def test_longer_rows_keep_no_more_layers(costs, tokens, longer, room):
     assert choose(costs, tokens + longer, room).checkpointed >= choose(costs, tokens, room).checkpointed
 
 
+@given(costs(), TOKENS, ROOM)
+def test_where_offloading_is_asked_for_it_keeps_no_fewer_layers(costs, tokens, room):
+    plan = choose(costs, tokens, room, always_offload=True)
+    assert plan.offloads and plan.checkpointed <= choose(costs, tokens, room).checkpointed
+
+
 def test_it_offloads_only_to_keep_more():
     costs = Costs(tokens=10, whole=(50, 50, 50, 50), inputs=(20, 20, 20, 20), rest=(0, 0, 0, 0), loss=100)
     assert costs.need(Plan(4), 10) == 180 and costs.need(Plan(4, offloads=True), 10) == 140
@@ -119,13 +125,13 @@ def test_the_same_gradients_in_any_memory_and_never_more_of_it(share, sizes):
     assert kept == DEPTH or share < 1.6
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("budget", [0, 10_000, 2**40])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.__name__)
-def test_every_schedule_gives_the_gradients_of_torch_checkpointing(schedule, budget, monkeypatch):
+def test_every_schedule_gives_the_gradients_of_torch_checkpointing(schedule, budget, offload, monkeypatch):
     engine, lazy = lazy_engine(monkeypatch)
-    device = SimulatedDevice(budget=budget)
-    ours, found = PlannedCheckpoint(device, engine), []
-    for checkpoint_fn in (stock, ours):
+    ours, found = PlannedCheckpoint(SimulatedDevice(budget=budget), engine), []
+    for checkpoint_fn in (stock, functools.partial(ours, offload=offload)):
         torch.manual_seed(1)
         found.append([grad for _ in range(3) for grad in schedule(checkpoint_fn)])
         found[-1].append(torch.get_rng_state())

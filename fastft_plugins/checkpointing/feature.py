@@ -27,15 +27,16 @@ class CheckpointingFeature:
 
     def start(self, run: Run) -> str:
         """See `fastft_plugins.run.Feature`."""
-        parameter = next(run.model.parameters(), None)
-        if parameter is None:
-            raise NothingToWin("the model has no parameters")
-        reason = transfer.why_no_transfer(parameter.device)
+        devices = {parameter.device for parameter in run.model.parameters()}
+        if len(devices) != 1:
+            raise NothingToWin(f"the model's parameters are on {len(devices)} devices, and it plans for one")
+        (device,) = devices
+        reason = transfer.why_no_transfer(device)
         if reason is not None:
             raise NothingToWin(reason)
         if run.config.mode(self.name) == "auto":
             raise NothingToWin(_UNMEASURED)
-        gauge = make_gauge(parameter.device, run.config.memory_budget)
+        gauge = make_gauge(device, run.config.memory_budget)
         self._checkpoint = PlannedCheckpoint(gauge, OffloadCheckpoint())
         changes = run.call("fastft_inject_reloader", checkpoint_fn=self._checkpoint)
         run.report.features[self.name].changes.extend(changes)

@@ -1,6 +1,6 @@
-"""What a forward and backward with torch's checkpointing show of the memory and time of each layer.
+"""What a forward and backward with every layer checkpointed show of the memory and time of each layer.
 
-Nothing is computed for it that stock checkpointing would not compute: what a layer would hold when kept whole is what
+Nothing is computed for it that checkpointing would not compute anyway: what a layer would hold when kept whole is what
 its recompute in the backward leaves allocated.
 """
 
@@ -11,18 +11,23 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from fastft_plugins.checkpointing.gauge import Gauge
 from fastft_plugins.checkpointing.planner import Costs
 
 
 class Measurement:
-    """One forward over rows of ``tokens`` tokens, begun now, and its backward. One at a time owns the gauge's peak."""
+    """One forward over rows of ``tokens`` tokens, begun now, and its backward. One at a time owns the gauge's peak.
 
-    def __init__(self, gauge: Gauge, tokens: int) -> None:
+    Args:
+        checkpoint_fn: torch's checkpoint, or one that offloads the inputs, if ``offloads``.
+    """
+
+    def __init__(self, gauge: Gauge, tokens: int, checkpoint_fn: Callable[..., Any], *, offloads: bool) -> None:
         self.tokens = tokens
         self._gauge = gauge
+        self._checkpoint = checkpoint_fn
+        self._offloads = offloads
         self._is_over = False
         # Bytes by the layer's position: its input, what its recompute has left, and the peak in its backward.
         self._inputs: dict[int, int] = {}
@@ -35,7 +40,7 @@ class Measurement:
         self._before = gauge.allocated()
 
     def run(self, position: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """torch's checkpoint for the layer at ``position``, whose first argument is its input."""
+        """Checkpoint the layer at ``position``, whose first argument is its input."""
         times_called = 0
 
         def watched(*inputs: Any, **named: Any) -> Any:
@@ -52,7 +57,7 @@ class Measurement:
                 self._peaks[position] = self._gauge.peak()
 
         begin = self._gauge.mark()
-        outputs = checkpoint(watched, *args, use_reentrant=False, **kwargs)
+        outputs = self._checkpoint(watched, *args, use_reentrant=False, **kwargs)
         self._marks.append((begin, self._gauge.mark()))
         self._gauge.restart_peak()  # what a forward takes for a moment, its recompute takes too, and is seen there
         has_backward = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs))
@@ -72,14 +77,16 @@ class Measurement:
             return None
         inputs = tuple(self._inputs[position] for position in positions)
         whole = tuple(self._inputs[position] + self._grown[position] for position in positions)
+        # Offloaded, at least the input of the layer that runs is there, and that of the last one at the loss.
+        there = [inputs[position] if self._offloads else sum(inputs[: position + 1]) for position in positions]
         rest = [
-            max(0, self._peaks[position] - self._before - sum(inputs[: position + 1]) - self._grown[position])
+            max(0, self._peaks[position] - self._before - there[position] - self._grown[position])
             for position in positions
         ]
         # Of the backward that came last only the recompute was seen. The one before it was seen to its end.
         last = inputs.index(next(filter(None, inputs), 0))
         rest[last] = max(rest[last : last + 2])
-        return Costs(self.tokens, whole, inputs, tuple(rest), max(0, self._loss_peak - self._before - sum(inputs)))
+        return Costs(self.tokens, whole, inputs, tuple(rest), max(0, self._loss_peak - self._before - there[-1]))
 
     def layer_milliseconds(self) -> float:
         """Mean time of one layer's forward; waits for the device."""

@@ -52,9 +52,17 @@ class PlannedCheckpoint:
         self._longest: tuple[int, float, Plan] | None = None  # the longest row: tokens, room and plan
 
     def __call__(
-        self, function: Callable[..., Any], *args: Any, use_reentrant: bool | None = False, **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        use_reentrant: bool | None = False,
+        offload: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        """Raises ValueError for ``use_reentrant=True``; see `torch.utils.checkpoint.checkpoint` for the rest."""
+        """See `torch.utils.checkpoint.checkpoint`; raises ValueError for ``use_reentrant=True``.
+
+        ``offload``: the input of a layer that is not kept whole goes to host memory in any case, in the first step too.
+        """
         layer = layer_of(function)
         source = args[0] if args else None
         if (
@@ -69,7 +77,7 @@ class PlannedCheckpoint:
         position = self._positions.setdefault(layer, len(self._positions))
         tokens = source.numel() // source.shape[-1] if source.dim() else 1
         if position == 0 or tokens != self._tokens:
-            self._begin(tokens)
+            self._begin(tokens, offload)
         if self._plan is None:
             assert self._measurement is not None
             return self._measurement.run(position, function, *args, **kwargs)
@@ -116,7 +124,7 @@ class PlannedCheckpoint:
             f"{costs.loss / 1e9:.3g} GB at the loss and at most {max(costs.rest) / 1e9:.3g} GB in a layer's backward"
         )
 
-    def _begin(self, tokens: int) -> None:
+    def _begin(self, tokens: int, offload: bool) -> None:
         """A forward over rows of ``tokens`` tokens begins."""
         self._tokens = tokens
         found = self._measurement.costs() if self._measurement is not None else None
@@ -125,10 +133,11 @@ class PlannedCheckpoint:
         elif self._measurement is not None:
             self._measurement.abandon()
         if self.costs is None or len(self.costs.whole) < len(self._positions) or tokens > _LONGER * self.costs.tokens:
-            self._plan, self._measurement = None, Measurement(self._gauge, tokens)
+            checkpoint_fn = self.engine if offload else checkpoint
+            self._plan, self._measurement = None, Measurement(self._gauge, tokens, checkpoint_fn, offloads=offload)
             return
         room = self._gauge.room() - self._shortfall
-        self._plan = choose(self.costs, tokens, room)
+        self._plan = choose(self.costs, tokens, room, always_offload=offload)
         self.forwards += 1
         if self._longest is None or tokens >= self._longest[0]:
             self._longest = tokens, room, self._plan

@@ -56,14 +56,14 @@ class Costs:
         return max(worst, growth * held + max(1.0, growth) * self.loss)
 
 
-def choose(costs: Costs, tokens: int, room: float) -> Plan:
+def choose(costs: Costs, tokens: int, room: float, *, always_offload: bool = False) -> Plan:
     """The plan that keeps the most layers whole in ``room`` bytes; it offloads only where it keeps more layers by that.
 
     If nothing fits, it is the plan that needs the least.
     """
     depth = len(costs.whole)
     for checkpointed in range(depth + 1):
-        for offloads in (False, True):
+        for offloads in (True,) if always_offload else (False, True):
             plan = Plan(checkpointed, offloads)
             if costs.need(plan, tokens) <= room:
                 return plan

@@ -45,7 +45,9 @@ def _inject(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
             kept[reason] += 1
             continue
         if stock not in functions:
-            functions[stock] = functools.partial(checkpoint_fn, **_keywords(stock))
+            # Asked for offloading, transformers copies on the stream that computes; the one that replaces it does not.
+            offload = {"offload": True} if _offloads(stock) else {}
+            functions[stock] = functools.partial(checkpoint_fn, **_keywords(stock), **offload)
         run.ledger.setattr(module, _FUNCTION, functions[stock])
     if not functions:
         raise Declined("; ".join(kept))
@@ -81,14 +83,22 @@ def _is_checkpointed(module: nn.Module) -> bool:
 
 
 def _why_not(stock: Any) -> str | None:
-    inner = stock.func if isinstance(stock, functools.partial) else stock
-    if inner is not checkpoint:
-        if getattr(inner, "__qualname__", "").endswith("checkpointing_enable.<locals>.checkpoint_func"):
-            return "offload=True: transformers offloads them itself; leave it out to have the copies hidden"
+    inner = _inner(stock)
+    if inner is not checkpoint and not _offloads(stock):
         return f"they call {getattr(inner, '__qualname__', type(inner).__name__)}, not torch's checkpoint"
     if _keywords(stock).get("use_reentrant") is not False:
         return "use_reentrant=True: set gradient_checkpointing_kwargs={'use_reentrant': False}"
     return None
+
+
+def _inner(stock: Any) -> Any:
+    return stock.func if isinstance(stock, functools.partial) else stock
+
+
+def _offloads(stock: Any) -> bool:
+    """Whether it is what transformers makes for ``offload=True``: torch's checkpoint, what it saves put on the CPU."""
+    name: str = getattr(_inner(stock), "__qualname__", "")
+    return name.startswith("PreTrainedModel.") and name.endswith("checkpointing_enable.<locals>.checkpoint_func")
 
 
 def _keywords(stock: Any) -> dict[str, Any]:
