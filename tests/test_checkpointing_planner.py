@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastft_plugins.checkpointing import OffloadCheckpoint
+from fastft_plugins.checkpointing.gauge import CudaGauge
 from fastft_plugins.checkpointing.planned import PlannedCheckpoint, layer_of
 from fastft_plugins.checkpointing.planner import Costs, Plan, choose
 
@@ -27,8 +28,9 @@ DEPTH, WIDTH, ROWS = 6, 64, 512
 def costs(draw):
     inputs = draw(st.lists(st.integers(0, 1000), min_size=1, max_size=12))
     whole = tuple(size + draw(st.integers(0, 5000)) for size in inputs)
+    fixed = tuple(draw(st.integers(0, size - own)) for size, own in zip(whole, inputs, strict=True))
     rest = tuple(draw(st.integers(0, 5000)) for _ in inputs)
-    return Costs(draw(st.integers(1, 500)), whole, tuple(inputs), rest, draw(st.integers(0, 20000)))
+    return Costs(draw(st.integers(1, 500)), whole, tuple(inputs), fixed, rest, draw(st.integers(0, 20000)))
 
 
 TOKENS, ROOM = st.integers(1, 1000), st.integers(-1000, 200_000)
@@ -64,7 +66,7 @@ def test_where_offloading_is_asked_for_it_keeps_no_fewer_layers(costs, tokens, r
 
 
 def test_it_offloads_only_to_keep_more():
-    costs = Costs(tokens=10, whole=(50, 50, 50, 50), inputs=(20, 20, 20, 20), rest=(0, 0, 0, 0), loss=100)
+    costs = Costs(tokens=10, whole=(50, 50, 50, 50), inputs=(20,) * 4, fixed=(0,) * 4, rest=(0,) * 4, loss=100)
     assert costs.need(Plan(4), 10) == 180 and costs.need(Plan(4, offloads=True), 10) == 140
     assert choose(costs, 10, 300) == Plan(0)
     assert choose(costs, 10, 190) == Plan(3, offloads=True)
@@ -176,6 +178,53 @@ def test_much_longer_rows_are_measured_and_others_planned():
     assert_same_steps(got, train(SimulatedDevice(), stock, rows))
     assert forwards == [0, 1, 1, 2, 3, 4, 4, 5]
     assert ours.costs.tokens == 161
+
+
+def test_copies_of_weights_that_autocast_makes_do_not_shrink_with_the_row():
+    device = SimulatedDevice()
+    ours, model, copies = planned_on(device), Stack(2, WIDTH), 2 * 2 * (2 * WIDTH * WIDTH) + 2 * 3 * WIDTH
+    with device:
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(make_input(0, 16, WIDTH), ours)
+            out.sum().backward()
+    assert ours.costs.fixed == (copies, copies)
+    assert ours.costs.need(Plan(0), 1) > 2 * copies
+
+
+@pytest.mark.parametrize(
+    ("budget", "fraction", "expected"),
+    [
+        ("auto", 1.0, 0.94 * 80e9),
+        ("auto", 0.5, 0.94 * 50e9),
+        (0.3, 1.0, 30e9),
+        (0.9, 1.0, 80e9),  # 20e9 are others'
+        (int(40e9), 1.0, 40e9),
+        (int(40e9), 0.25, 25e9),
+    ],
+)
+def test_the_room_on_a_gpu(budget, fraction, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(70e9), int(100e9)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(10e9))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    figures = {"allocated_bytes": {"all": {"current": 6, "peak": 9}}}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: figures)
+    gauge = CudaGauge(torch.device("cuda"), budget)
+    assert gauge.room() == int(expected) - 6
+    assert (gauge.allocated(), gauge.peak()) == (6, 9)
+
+
+def test_a_layer_that_appears_later_is_checkpointed_until_it_is_measured():
+    device = SimulatedDevice()
+    ours, model, late = planned_on(device), Stack(2, WIDTH), Layer(7, WIDTH)
+    with device:
+        for step in range(5):
+            out = model(make_input(0, ROWS, WIDTH), ours)
+            out = ours(late, out) if step >= 2 else out
+            out.sum().backward()
+            if step == 2:
+                assert ours.calls == {"kept": 4, "checkpointed": 1}
+    assert ours.calls == {"kept": 7, "checkpointed": 1}
 
 
 def test_a_dropped_graph_teaches_nothing():

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastft_plugins.checkpointing.gauge import Gauge
@@ -33,14 +34,16 @@ class Measurement:
         self._inputs: dict[int, int] = {}
         self._grown: dict[int, int] = {}
         self._peaks: dict[int, int] = {}
+        self._copies: dict[int, int] = {}  # of the layer's weights, in the dtype of autocast
         self._loss_peak = 0
         self._newest: int | None = None  # the layer whose backward is under way
         self._marks: list[tuple[Any, Any]] = []  # begin and end of each layer's forward
         gauge.restart_peak()
         self._before = gauge.allocated()
 
-    def run(self, position: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint the layer at ``position``, whose first argument is its input."""
+    def run(self, position: int, layer: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint ``function``, a call of the ``layer`` at ``position`` with its input as the first argument."""
+        self._copies[position] = _autocast_copies(layer, args[0].device.type)
         times_called = 0
 
         def watched(*inputs: Any, **named: Any) -> Any:
@@ -77,6 +80,7 @@ class Measurement:
             return None
         inputs = tuple(self._inputs[position] for position in positions)
         whole = tuple(self._inputs[position] + self._grown[position] for position in positions)
+        fixed = tuple(min(self._grown[position], self._copies[position]) for position in positions)
         # Offloaded, at least the input of the layer that runs is there, and that of the last one at the loss.
         there = [inputs[position] if self._offloads else sum(inputs[: position + 1]) for position in positions]
         rest = [
@@ -86,7 +90,8 @@ class Measurement:
         # Of the backward that came last only the recompute was seen. The one before it was seen to its end.
         last = inputs.index(next(filter(None, inputs), 0))
         rest[last] = max(rest[last : last + 2])
-        return Costs(self.tokens, whole, inputs, tuple(rest), max(0, self._loss_peak - self._before - there[-1]))
+        loss = max(0, self._loss_peak - self._before - there[-1])
+        return Costs(self.tokens, whole, inputs, fixed, tuple(rest), loss)
 
     def layer_milliseconds(self) -> float:
         """Mean time of one layer's forward; waits for the device."""
@@ -101,3 +106,12 @@ class Measurement:
             self._peaks[self._newest] = peak
         self._newest = position
         self._gauge.restart_peak()
+
+
+def _autocast_copies(layer: nn.Module, device_type: str) -> int:
+    """Bytes of the copies of weights that autocast makes, at most; the graph of a layer kept whole holds on to them."""
+    if not torch.is_autocast_enabled(device_type):
+        return 0
+    dtype = torch.get_autocast_dtype(device_type)
+    others = (weight for weight in layer.parameters() if weight.is_floating_point() and weight.dtype != dtype)
+    return sum(weight.numel() * dtype.itemsize for weight in others)

@@ -78,10 +78,10 @@ class PlannedCheckpoint:
         tokens = source.numel() // source.shape[-1] if source.dim() else 1
         if position == 0 or tokens != self._tokens:
             self._begin(tokens, offload)
-        if self._plan is None:
+        if self._plan is None or self.costs is None:
             assert self._measurement is not None
-            return self._measurement.run(position, function, *args, **kwargs)
-        if position >= self._plan.checkpointed:
+            return self._measurement.run(position, layer, function, *args, **kwargs)
+        if self._plan.checkpointed <= position < len(self.costs.whole):  # beyond is a layer that was never measured
             return self._keep(position, function, *args, **kwargs)
         if self._plan.offloads:
             self.calls["offloaded"] += 1

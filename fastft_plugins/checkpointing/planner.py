@@ -24,36 +24,38 @@ class Costs:
     """Bytes of a step with every layer checkpointed, and of what else its layers would hold, for one row of ``tokens``.
 
     ``whole``: of each layer, what it holds between forward and backward when it is kept whole, its input included.
-    ``inputs``: of each layer, its input alone. What else is there at the worst moment, the gradients so far included:
-    ``loss``: between the last layer's forward and its backward; ``rest``: in each layer's backward.
+    ``inputs``: of each layer, its input alone. ``fixed``: the part of ``whole`` that does not depend on the row.
+    What else is there at the worst moment, the gradients so far included: ``loss``: between the last layer's forward
+    and its backward; ``rest``: in each layer's backward.
     """
 
     tokens: int
     whole: tuple[int, ...]
     inputs: tuple[int, ...]
+    fixed: tuple[int, ...]
     rest: tuple[int, ...]
     loss: int
 
     def need(self, plan: Plan, tokens: int) -> float:
         """Bytes that a step on a row of ``tokens`` tokens takes at its worst moment, beside what was there before.
 
-        Layers grow in proportion to the row. The rest does in longer rows; in shorter ones it is taken to stay, as
-        the gradients in it do.
+        In longer rows all of it grows in proportion. In shorter ones the fixed parts stay, and the rest is taken to
+        stay, as the gradients in it do.
         """
-        growth = tokens / self.tokens
-        worst, held = 0.0, 0
-        for position, (whole, size, rest) in enumerate(zip(self.whole, self.inputs, self.rest, strict=True)):
-            recomputed = 0
+        growth, slowest = tokens / self.tokens, max(1.0, tokens / self.tokens)
+        worst = held = 0.0
+        layers = zip(self.whole, self.inputs, self.fixed, self.rest, strict=True)
+        for position, (whole_then, input_then, fixed, rest) in enumerate(layers):
+            whole, size = growth * (whole_then - fixed) + slowest * fixed, growth * input_then
             if position >= plan.checkpointed:
-                held += whole
+                held, recomputed = held + whole, 0.0
             else:
-                held += size
-                recomputed = whole - size
+                held, recomputed = held + size, whole - size
                 if plan.offloads:  # the input of the layer that runs, and the one fetched ahead
-                    held = min(held, 2 * max(self.inputs[: position + 1]))
+                    held = min(held, 2 * growth * max(self.inputs[: position + 1]))
             # In this layer's backward, those after it hold nothing any more.
-            worst = max(worst, growth * (held + recomputed) + max(1.0, growth) * rest)
-        return max(worst, growth * held + max(1.0, growth) * self.loss)
+            worst = max(worst, held + recomputed + slowest * rest)
+        return max(worst, held + slowest * self.loss)
 
 
 def choose(costs: Costs, tokens: int, room: float, *, always_offload: bool = False) -> Plan:
