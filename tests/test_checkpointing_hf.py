@@ -262,6 +262,16 @@ def test_a_model_on_several_devices_is_left_alone(lazy, caplog):
     assert "on 2 devices" in run.report.features["checkpointing"].reason and not caplog.records
 
 
+def test_sharded_parameters_are_an_error(lazy):
+    class DTensor(torch.Tensor):
+        pass
+
+    model = checkpointed_model()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().as_subclass(DTensor))
+    with pytest.raises(FastFTError, match="parameters are sharded"), apply(model, ONLY):
+        pass
+
+
 def test_a_failing_step_restores_everything(lazy):
     model = checkpointed_model()
     before = functions(model)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint
 from fastft_plugins.checkpointing.gauge import make_gauge
 from fastft_plugins.checkpointing.planned import PlannedCheckpoint
-from fastft_plugins.errors import NothingToWin
+from fastft_plugins.errors import Declined, NothingToWin
 from fastft_plugins.kernels import transfer
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 _REASON = "layers for which there is memory are kept whole, the others are checkpointed"
 _UNMEASURED = "no time has been measured to be won by it yet; checkpointing='on' switches it on"
+_SHARDED = "the parameters are sharded (FSDP, ZeRO-3), and ranks that run other layers again would wait for each other"
 
 
 class CheckpointingFeature:
@@ -36,6 +39,8 @@ class CheckpointingFeature:
             raise NothingToWin(reason)
         if run.config.mode(self.name) == "auto":
             raise NothingToWin(_UNMEASURED)
+        if any(_is_sharded(parameter) for parameter in run.model.parameters()):
+            raise Declined(_SHARDED)
         gauge = make_gauge(device, run.config.memory_budget)
         self._checkpoint = PlannedCheckpoint(gauge, OffloadCheckpoint())
         changes = run.call("fastft_inject_reloader", checkpoint_fn=self._checkpoint)
@@ -56,3 +61,8 @@ class CheckpointingFeature:
                 False,
                 "nothing was kept whole or offloaded, as in stock checkpointing",
             )
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    """Of FSDP2, FSDP1 or DeepSpeed's ZeRO-3, whose layers gather their weights whenever they run."""
+    return type(parameter).__name__ in ("DTensor", "FlatParameter") or hasattr(parameter, "ds_id")
