@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,7 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from benchmarks.shapes import enable_checkpointing
 from fastft_plugins.checkpointing import OffloadCheckpoint
+from fastft_plugins.checkpointing.gauge import make_gauge
+from fastft_plugins.checkpointing.planned import PlannedCheckpoint
 
 Function = Callable[..., Any]
 _aten = torch.ops.aten
@@ -25,24 +27,26 @@ class Plans:
     """Sets one plan after another on the decoder layers of ``model``.
 
     ``plain``: torch's checkpointing. ``none``: every layer kept whole. ``hf-offload``: transformers' ``offload=True``.
-    ``every-N``: transformers' ``every_n_layers=N``. ``offload``: ours in every layer. ``keep-K``: the last K layers
-    whole, ours in the others. ``attention`` and ``products``: torch's selective checkpointing, storing the output of
-    attention, or of every matrix product too; with ``+offload``, ours around it.
+    ``every-N``: transformers' ``every_n_layers=N``. ``offload``: inputs offloaded, in every layer. ``keep-K``: the last
+    K layers whole, the others' inputs offloaded. ``planned``: each layer as the planner decides. ``attention`` and
+    ``products``: torch's selective checkpointing, storing the output of attention, or of every matrix product too; with
+    ``+offload``, inside offloaded checkpoints.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
         self._hf_offload = _hf_offload(model, self.layers[0])
         self.offload = OffloadCheckpoint()
+        self.planned: PlannedCheckpoint | None = None  # of the plan of that name
 
     @property
     def names(self) -> list[str]:
-        """All plans that this installation knows; the ones that answer the most come first."""
+        """All plans that this machine can run; the ones that answer the most come first."""
         depth = len(self.layers)
         kept = [f"keep-{depth * share // 8}" for share in (4, 6, 7)]
-        names = ["plain", "offload", "hf-offload", "every-2", "every-4", *kept, "none", "products", "products+offload"]
-        names += ["every-3", "every-8", "attention", "attention+offload", "plain-again"]
+        names = ["plain", "planned", "offload", "hf-offload", "every-2", "every-4", *kept, "none"]
+        names += ["products", "products+offload", "every-3", "every-8", "attention", "attention+offload", "plain-again"]
         return [name for name in names if name != "hf-offload" or self._hf_offload is not None]
 
     def set(self, name: str) -> None:
@@ -50,6 +54,8 @@ class Plans:
         # A new engine for each plan: its figures are of this plan alone.
         self.offload.close()
         self.offload = OffloadCheckpoint()
+        device = next(self.layers[0].parameters()).device
+        self.planned = PlannedCheckpoint(make_gauge(device, "auto"), self.offload) if name == "planned" else None
         for index, layer in enumerate(self.layers):
             function = self._function(name, index)
             layer.gradient_checkpointing = function is not None
@@ -64,6 +70,8 @@ class Plans:
             return stock
         if name == "offload":
             return ours
+        if name == "planned":
+            return self.planned
         if name == "hf-offload":
             return self._hf_offload
         if name == "none":
@@ -88,14 +96,10 @@ def _storing(ops: set[Any]) -> tuple[AbstractContextManager[Any], AbstractContex
     return contexts
 
 
-def _hf_offload(model: Any, layer: Any) -> Function | None:
-    """The function that transformers gives its layers for ``offload=True``; None where it has no such option.
-
-    Without a GPU that function fails: it asks for page-locked memory.
-    """
-    options = inspect.signature(model.get_base_model().activation_checkpointing_enable).parameters
-    if "offload" not in options or not torch.cuda.is_available():
+def _hf_offload(model: nn.Module, layer: Any) -> Function | None:
+    """The function that transformers gives its layers for ``offload=True``; None without a GPU, where it fails."""
+    if not torch.cuda.is_available():
         return None
-    model.activation_checkpointing_enable({"use_reentrant": False}, offload=True)
+    enable_checkpointing(model, offload=True)
     function: Function = layer._gradient_checkpointing_func
     return function

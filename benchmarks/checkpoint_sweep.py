@@ -71,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             result["plans"][name] = outcome = measure(name, plans, model, batch, truth, options)
             print(row(name, outcome, result["plans"]), flush=True)
+            if "explanation" in outcome:
+                print("    " + outcome["explanation"], flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [name for name, outcome in result["plans"].items() if outcome.get("gradients") == "different"]
@@ -85,6 +87,8 @@ def measure(
     plans.set(name)
     _settle()
     try:
+        if plans.planned is not None:
+            gradients(model, batch)  # its first step measures, and is stock
         outcome: dict[str, Any] = {"status": "ok", **compare(model, batch, truth)}
         marks = [time_step(model, batch) for _ in range(2 + options.steps)][2:]
         outcome["step_ms"] = [round(sum(mark), 3) for mark in marks]
@@ -93,6 +97,8 @@ def measure(
         outcome |= memory(model, batch)
         outcome["engine"] = plans.offload.metrics() if plans.offload.offloaded else {}
         outcome["stayed"] = dict(plans.offload.kept)
+        if plans.planned is not None:
+            outcome |= {"planner": plans.planned.metrics(), "explanation": plans.planned.explain()}
     except torch.OutOfMemoryError as error:
         outcome = {"status": f"out of memory: {str(error).splitlines()[0][:200]}"}
     _forget(model)

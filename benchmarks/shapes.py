@@ -40,11 +40,18 @@ def build_model(settings: Settings, attention: str | None = None, **overrides: A
     return model.train()
 
 
-def enable_checkpointing(model: torch.nn.Module) -> None:
-    """Checkpoint every layer, under whichever name the installed transformers has for it."""
+def enable_checkpointing(
+    model: torch.nn.Module, checkpoint_options: dict[str, Any] | None = None, **options: Any
+) -> None:
+    """Checkpoint the layers, under whichever name the installed transformers has for it.
+
+    Args:
+        checkpoint_options: keywords of torch's checkpoint; by default ``{"use_reentrant": False}``.
+        options: transformers' own, ``every_n_layers`` and ``offload``.
+    """
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if hasattr(model, name):
-            getattr(model, name)()
+            getattr(model, name)(checkpoint_options, **options)
             return
     raise TypeError(f"{type(model).__name__} cannot checkpoint its activations")
 

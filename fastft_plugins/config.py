@@ -23,12 +23,16 @@ class FastFTConfig:
     ``packing``, ``checkpointing`` and ``moe`` are each ``"auto"`` (on where it is safe and helps), ``"on"`` (or raise
     before the first step, with the reason) or ``"off"``. ``strict=True`` raises wherever the stock path would be kept
     with a warning.
+
+    ``memory_budget`` is the device memory that checkpointing may let tensors take in all: ``"auto"`` (what is there,
+    less some head-room), bytes as an integer, or a fraction of the device's memory, above 0.0 and at most 1.0.
     """
 
     packing: Mode | bool = "auto"
     checkpointing: Mode | bool = "auto"
     moe: Mode | bool = "auto"
     strict: bool = False
+    memory_budget: int | float | str = "auto"
 
     def __post_init__(self) -> None:
         for feature in FEATURES:
@@ -40,6 +44,11 @@ class FastFTConfig:
             object.__setattr__(self, feature, value)
         if not isinstance(self.strict, bool):
             raise FastFTConfigError(_wrong_value("strict", self.strict, (True, False)))
+        if not _is_memory_budget(self.memory_budget):
+            raise FastFTConfigError(
+                f"memory_budget={self.memory_budget!r} is not allowed; allowed: 'auto', a number of bytes (an integer "
+                "above 0), or a fraction of the device's memory (above 0.0, at most 1.0)"
+            )
 
     def mode(self, feature: str) -> Mode:
         """Return the mode of one of `FEATURES`."""
@@ -50,7 +59,7 @@ class FastFTConfig:
         return cast(Mode, getattr(self, feature))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain strings and booleans, as `from_dict` and YAML take them."""
+        """Return plain strings, booleans and numbers, as `from_dict` and YAML take them."""
         return asdict(self)
 
     @classmethod
@@ -93,6 +102,12 @@ class FastFTConfig:
         if value is None:
             return cls()
         return value if isinstance(value, FastFTConfig) else cls.from_dict(value)
+
+
+def _is_memory_budget(value: object) -> bool:
+    if isinstance(value, float):
+        return 0 < value <= 1
+    return value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
 
 
 def _names() -> tuple[str, ...]:

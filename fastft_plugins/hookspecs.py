@@ -48,6 +48,9 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str |
 def fastft_inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
     """Make the run's activation checkpointing call ``checkpoint_fn``, which has `torch.utils.checkpoint`'s signature.
 
+    With ``offload=True`` beside it, for users who asked for that, it keeps the inputs of checkpointed layers in host
+    memory; otherwise it decides.
+
     Return what you changed in a few words, or None; raise `Declined` with the reason if it cannot be done here.
     """
 

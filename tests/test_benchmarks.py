@@ -18,6 +18,8 @@ import torch
 
 pytest.importorskip("transformers", reason="the benchmarks train with transformers' Trainer")
 
+from simulated_device import SimulatedDevice
+
 from benchmarks import run as cli
 from benchmarks import table
 from benchmarks.documents import TOLERANCE, describe, make_steps, parse_lengths
@@ -293,12 +295,15 @@ def test_help_explains_the_stacks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "A B A B" in shown and "varlen-rebuilt" in shown and "padding collator" in shown
 
 
-def test_smoke_run_of_the_checkpoint_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smoke_run_of_the_checkpoint_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("peft")
-    from benchmarks import checkpoint_sweep
+    from benchmarks import checkpoint_plans, checkpoint_sweep
 
+    monkeypatch.setattr(checkpoint_plans, "make_gauge", lambda device, budget: SimulatedDevice())
     out = tmp_path / "sweep.json"
-    plans = "plain,offload,every-2,keep-1,none,products+offload"
+    plans = "plain,planned,offload,every-2,keep-1,none,products+offload"
     sizes = ["--shape", "tiny-llama", "--layers", "3", "--tokens", "48", "--vocab", "64", "--steps", "1"]
     options = ["--plans", plans, "--dtype", "fp32", "--device", "cpu", "--out", str(out)]
     assert checkpoint_sweep.main([*sizes, *options]) == 0
@@ -307,7 +312,9 @@ def test_smoke_run_of_the_checkpoint_sweep(tmp_path: Path, capsys: pytest.Captur
     assert list(result["plans"]) == plans.split(",")
     for outcome in result["plans"].values():
         assert outcome["status"] == "ok" and outcome["gradients"] == "equal" and len(outcome["step_ms"]) == 1
-    assert "products+offload" in capsys.readouterr().out
+    assert result["plans"]["planned"]["planner"]["kept_layers"] == 3
+    printed = capsys.readouterr().out
+    assert "products+offload" in printed and "3 of 3 layers kept whole" in printed
 
 
 def _ok(seconds: list[float]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-import logging
 
 import pytest
 import torch
@@ -12,17 +12,48 @@ from hf_helpers import Gradients, documents, losses, make_trainer, tiny_model
 from lazy_transfer import LazyTransfer
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.shapes import checkpointing_argument, enable_checkpointing
 from fastft_plugins import FastFTCallback, FastFTError, apply
 from fastft_plugins.checkpointing import OffloadCheckpoint
 from fastft_plugins.checkpointing import feature as feature_module
 from fastft_plugins.kernels import transfer as transfer_module
 
-OPTIONS = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
-ONLY = {"packing": "off", "moe": "off"}
+ONLY = {"packing": "off", "moe": "off", "checkpointing": "on"}
+AUTO = ONLY | {"checkpointing": "auto"}
+
+
+def options_of(**checkpoint_options):
+    """The TrainingArguments that switch checkpointing on."""
+    name = checkpointing_argument()
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False} | checkpoint_options}
+
+
+OPTIONS = options_of()
+
+
+class Room:
+    """A device that always has ``bytes`` left."""
+
+    bytes = 0
+    restart_peak = allocated = peak = mark = lambda self: 0
+
+    def room(self):
+        return self.bytes
+
+    def milliseconds(self, begin, end):
+        return 1.0
 
 
 @pytest.fixture
-def lazy(monkeypatch):
+def room(monkeypatch):
+    """There is no room to keep a layer, or its input: from the second step on, all of them are offloaded."""
+    found = Room()
+    monkeypatch.setattr(feature_module, "make_gauge", lambda device, budget: found)
+    return found
+
+
+@pytest.fixture
+def lazy(monkeypatch, room):
     """Tensors on the CPU are offloaded, however small."""
     transfer = LazyTransfer()
     monkeypatch.setattr(transfer_module, "why_no_transfer", lambda device: None)
@@ -35,7 +66,7 @@ def lazy(monkeypatch):
 
 def checkpointed_model(**options):
     model = tiny_model(attention_dropout=0.1, attn_implementation="eager").train()
-    model.activation_checkpointing_enable({"use_reentrant": False}, **options)
+    enable_checkpointing(model, **options)
     return model
 
 
@@ -65,7 +96,7 @@ def test_a_loop_of_ones_own_gets_the_same_gradients_and_its_model_back(lazy):
     model = checkpointed_model()
     expected, before = step(model), functions(model)
     with apply(model, ONLY) as run:
-        for _ in range(2):
+        for _ in range(3):
             assert_equal(step(model), expected)
         assert all(function.func is not checkpoint for function in functions(model).values())
         assert len(lazy.live) == 3
@@ -76,6 +107,36 @@ def test_a_loop_of_ones_own_gets_the_same_gradients_and_its_model_back(lazy):
     assert entry.metrics["bytes_out"] == 2 * 3 * 2 * 9 * 32 * 4
     assert "hidden_share" in entry.metrics
     assert "host memory" in str(run.report)
+
+
+def test_layers_that_there_is_room_for_are_kept_whole(lazy, room):
+    model, room.bytes = checkpointed_model(), 2**40
+    expected = step(model)
+    with apply(model, ONLY) as run:
+        for _ in range(3):
+            assert_equal(step(model), expected)
+    entry = run.report.features["checkpointing"]
+    assert entry.enabled and entry.metrics["kept_layers"] == 3 and entry.metrics["planned_forwards"] == 2
+    assert "3 of 3 layers kept whole" in str(run.report)
+    assert lazy.copies == 0
+
+
+def test_one_step_alone_is_stock_and_not_called_on(lazy, room):
+    model = checkpointed_model()
+    expected = step(model)
+    with apply(model, ONLY) as run:
+        assert_equal(step(model), expected)
+    assert not run.report.features["checkpointing"].enabled
+    assert "as in stock checkpointing" in run.report.features["checkpointing"].reason
+
+
+def test_the_budget_of_the_config_is_the_gauges(lazy, room, monkeypatch):
+    budgets = []
+    monkeypatch.setattr(feature_module, "make_gauge", lambda device, budget: budgets.append(budget) or room)
+    for given in ({}, {"memory_budget": 0.5}):
+        with apply(checkpointed_model(), ONLY | given):
+            pass
+    assert budgets == ["auto", 0.5]
 
 
 def test_a_copy_made_inside_is_stock(lazy):
@@ -92,7 +153,8 @@ def test_every_second_layer(lazy):
     model = checkpointed_model(every_n_layers=2)
     expected = step(model)
     with apply(model, ONLY) as run:
-        assert_equal(step(model), expected)
+        for _ in range(2):
+            assert_equal(step(model), expected)
     assert run.report.features["checkpointing"].metrics["offloaded_calls"] == 2
 
 
@@ -117,7 +179,7 @@ def test_the_trainer_trains_as_with_stock_checkpointing(switch, packing, lazy, t
         entry = report.features["checkpointing"]
         assert entry.enabled == (checkpointing == "on")
         if entry.enabled:
-            assert entry.metrics["offloaded_calls"] == 3 * 5, str(report)
+            assert entry.metrics["offloaded_calls"] == 3 * entry.metrics["planned_forwards"] > 3, str(report)
             assert entry.changes[0].startswith("checkpoint function in"), entry.changes
         assert all(function.func is checkpoint for function in functions(trainer.model).values())
         assert not report.notes, report.notes
@@ -127,66 +189,86 @@ def test_the_trainer_trains_as_with_stock_checkpointing(switch, packing, lazy, t
     assert lazy.live == []
 
 
-DECLINED = [
-    ({"use_reentrant": True}, {}, "use_reentrant=True"),
-    ({"use_reentrant": False}, {"offload": True}, "offload=True"),
-]
-
-
-@pytest.mark.parametrize(("keywords", "options", "reason"), DECLINED, ids=["reentrant", "offload"])
-def test_other_ways_of_checkpointing_stay_and_the_report_says_why(keywords, options, reason, lazy, caplog):
+def test_reentrant_checkpointing_is_an_error_that_says_why(lazy):
     model = tiny_model().train()
-    model.activation_checkpointing_enable(keywords, **options)
+    enable_checkpointing(model, {"use_reentrant": True})
     before = functions(model)
-    with caplog.at_level(logging.WARNING, "fastft"), apply(model, ONLY) as run:
-        assert functions(model) == before
-    assert not run.report.features["checkpointing"].enabled
-    assert reason in run.report.features["checkpointing"].reason
-    assert reason in caplog.text
-    with pytest.raises(FastFTError, match=reason), apply(model, ONLY | {"checkpointing": "on"}):
+    with pytest.raises(FastFTError, match="use_reentrant=True"), apply(model, ONLY):
         pass
+    assert functions(model) == before
+
+
+@pytest.mark.parametrize("bytes_left", [0, 2**40])
+def test_offload_of_transformers_is_replaced_from_the_first_step_on(bytes_left, lazy, room):
+    room.bytes, expected = bytes_left, step(checkpointed_model())
+    model = checkpointed_model(offload=True)  # without a GPU, transformers' own function would fail
+    before = functions(model)
+    with apply(model, ONLY) as run:
+        for _ in range(3):
+            assert_equal(step(model), expected)
+    metrics = run.report.features["checkpointing"].metrics
+    assert metrics["offloaded_calls"] == (3 if bytes_left else 9)
+    assert metrics["kept_layers" if bytes_left else "offloaded_layers"] == 3
+    assert functions(model) == before and lazy.live == []
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({}, "not switched on"),
-        ({**OPTIONS, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant=True"),
+        (options_of(use_reentrant=True), "use_reentrant=True"),
     ],
     ids=["off", "reentrant"],
 )
 @pytest.mark.parametrize("switch", ["callback", "apply"])
-def test_trainers_of_other_ways_stay_stock(switch, options, reason, lazy, tmp_path):
-    callback = FastFTCallback(ONLY)
-    trainer = make_trainer(tmp_path, tiny_model(), callbacks=[callback] if switch == "callback" else [], **options)
-    if switch == "apply":
-        with apply(trainer, ONLY) as run:
-            trainer.train()
-        report = run.report
-    else:
+def test_trainers_of_other_ways_do_not_begin(switch, options, reason, lazy, tmp_path):
+    callbacks = [FastFTCallback(ONLY)] if switch == "callback" else []
+    trainer = make_trainer(tmp_path, tiny_model(), callbacks=callbacks, **options)
+    block = apply(trainer, ONLY) if switch == "apply" else contextlib.nullcontext()
+    with pytest.raises(FastFTError, match=reason), block:
         trainer.train()
-        report = callback.report
-    entry = report.features["checkpointing"]
-    assert not entry.enabled and reason in entry.reason
-    assert lazy.copies == 0
+    assert trainer.state.global_step == 0 and lazy.copies == 0
 
 
-def test_it_is_not_on_where_nothing_is_checkpointed(lazy, caplog):
+@pytest.mark.parametrize("keywords", [{"use_reentrant": False}, {"use_reentrant": True}])
+def test_auto_leaves_it_off_and_says_so_in_the_report_alone(keywords, lazy, caplog):
     model = tiny_model().train()
-    with apply(model, ONLY | {"strict": True}) as run:
+    enable_checkpointing(model, keywords)
+    before = functions(model)
+    with apply(model, AUTO | {"strict": True}) as run:
         step(model)
-    assert run.report.features["checkpointing"].reason == "activation checkpointing is not switched on"
-    assert not caplog.records
+        assert functions(model) == before
+    entry = run.report.features["checkpointing"]
+    assert not entry.enabled and "no time has been measured" in entry.reason and "checkpointing='on'" in entry.reason
+    assert not caplog.records and lazy.copies == 0
 
 
-def test_without_a_gpu_it_stays_off_without_a_warning(caplog):
+def test_without_a_gpu_auto_says_so_and_on_is_an_error(caplog):
     model = checkpointed_model()
-    with apply(model, ONLY) as run:
+    with apply(model, AUTO) as run:
         step(model)
     entry = run.report.features["checkpointing"]
     assert not entry.enabled and "no NVIDIA GPU" in entry.reason
     assert not caplog.records
-    with pytest.raises(FastFTError, match="no NVIDIA GPU"), apply(model, ONLY | {"checkpointing": "on"}):
+    with pytest.raises(FastFTError, match="no NVIDIA GPU"), apply(model, ONLY):
+        pass
+
+
+def test_a_model_on_several_devices_is_left_alone(lazy, caplog):
+    model = checkpointed_model()
+    model.lm_head.to("meta")
+    with apply(model, AUTO) as run:
+        pass
+    assert "on 2 devices" in run.report.features["checkpointing"].reason and not caplog.records
+
+
+def test_sharded_parameters_are_an_error(lazy):
+    class DTensor(torch.Tensor):
+        pass
+
+    model = checkpointed_model()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().as_subclass(DTensor))
+    with pytest.raises(FastFTError, match="parameters are sharded"), apply(model, ONLY):
         pass
 
 
@@ -202,15 +284,14 @@ def test_a_failing_step_restores_everything(lazy):
 def test_trl_activation_offloading_stays(lazy, tmp_path):
     trainer = make_trainer(tmp_path, tiny_model(), **OPTIONS)
     trainer.args.activation_offloading = True  # as in TRL's configs; its trainers need an accelerator for it
-    with apply(trainer, ONLY) as run:
+    with pytest.raises(FastFTError, match="activation_offloading=True"), apply(trainer, ONLY):
         pass
-    assert "activation_offloading=True" in run.report.features["checkpointing"].reason
 
 
-def test_lora(lazy):
+def test_lora(lazy, room):
     peft = pytest.importorskip("peft")
     model = tiny_model()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)).train()
 
     def lora_step():
@@ -222,6 +303,8 @@ def test_lora(lazy):
 
     expected = lora_step()
     assert any("lora" in name for name in expected)
-    with apply(model, ONLY) as run:
-        assert_equal(lora_step(), expected)
-    assert run.report.features["checkpointing"].metrics["offloaded_calls"] == 3
+    for room.bytes, kind in ((0, "offloaded_layers"), (2**40, "kept_layers")):
+        with apply(model, ONLY) as run:
+            for _ in range(3):
+                assert_equal(lora_step(), expected)
+        assert run.report.features["checkpointing"].metrics[kind] == 3

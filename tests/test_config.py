@@ -14,12 +14,19 @@ from fastft_plugins.errors import FastFTConfigError
 
 settings = st.fixed_dictionaries(
     {},
-    optional={feature: st.sampled_from((*MODES, True, False)) for feature in FEATURES} | {"strict": st.booleans()},
+    optional={feature: st.sampled_from((*MODES, True, False)) for feature in FEATURES}
+    | {
+        "strict": st.booleans(),
+        "memory_budget": st.just("auto") | st.integers(1) | st.floats(0, 1, exclude_min=True),
+    },
 )
 
 
 def test_defaults() -> None:
-    assert FastFTConfig().to_dict() == {"packing": "auto", "checkpointing": "auto", "moe": "auto", "strict": False}
+    assert FastFTConfig().to_dict() == {"packing": "auto", "checkpointing": "auto", "moe": "auto"} | {
+        "strict": False,
+        "memory_budget": "auto",
+    }
 
 
 def test_is_frozen_and_hashable() -> None:
@@ -99,9 +106,17 @@ def test_a_mistyped_field_suggests_the_right_one(data: st.DataObject) -> None:
     for part in (
         f"unknown field {mistyped!r}",
         "'on'",
-        "'packing', 'checkpointing', 'moe', 'strict'",
+        "'packing', 'checkpointing', 'moe', 'strict', 'memory_budget'",
         f"mean {name!r}",
     ):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 0.0, 1.5, float("nan"), "40GB", None])
+def test_a_wrong_memory_budget(value: Any) -> None:
+    with pytest.raises(FastFTConfigError) as raised:
+        FastFTConfig(memory_budget=value)
+    for part in (f"memory_budget={value!r}", "'auto'", "a number of bytes", "a fraction of the device's memory"):
         assert part in str(raised.value)
 
 

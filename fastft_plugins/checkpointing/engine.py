@@ -45,7 +45,7 @@ class OffloadCheckpoint:
         """Raises ValueError for ``use_reentrant=True``; see `torch.utils.checkpoint.checkpoint` for the rest."""
         if use_reentrant:
             raise ValueError("use_reentrant=True is not supported; leave it out, or use torch.utils.checkpoint itself")
-        handle = self._offload(args[0]) if args and _may_offload() else None
+        handle = self._offload(args[0]) if args and may_offload() else None
         if handle is None:
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         given = [args[0]]  # for the forward; a recompute finds none
@@ -120,7 +120,7 @@ class OffloadCheckpoint:
         return self._lanes[device]
 
 
-def _may_offload() -> bool:
+def may_offload() -> bool:
     """Not where nothing is saved, while a compiler traces, or under somebody's saved-tensor hooks.
 
     Those hooks may be another checkpoint's, which makes this one's input again, or offload what is saved by themselves.

@@ -4,33 +4,48 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint
+from fastft_plugins.checkpointing.gauge import make_gauge
+from fastft_plugins.checkpointing.planned import PlannedCheckpoint
 from fastft_plugins.device import training_device
-from fastft_plugins.errors import NothingToWin
+from fastft_plugins.errors import Declined, NothingToWin
 from fastft_plugins.kernels import transfer
 
 if TYPE_CHECKING:
     from fastft_plugins.run import Run
 
-_REASON = "the inputs of checkpointed layers wait in host memory, copied beside the computation"
+_REASON = "layers for which there is memory are kept whole, the others are checkpointed"
+_UNMEASURED = "no time has been measured to be won by it yet; checkpointing='on' switches it on"
+_SHARDED = "the parameters are sharded (FSDP, ZeRO-3), and ranks that run other layers again would wait for each other"
 
 
 class CheckpointingFeature:
-    """Checkpointed layers leave nothing on the device between forward and backward, and the step takes as long."""
+    """Of the layers that the user has checkpointed, only those run again in the backward that memory is needed for."""
 
     name = "checkpointing"
 
     def __init__(self) -> None:
-        self._checkpoint = OffloadCheckpoint()
+        self._checkpoint: PlannedCheckpoint | None = None
 
     def start(self, run: Run) -> str:
         """See `fastft_plugins.run.Feature`."""
         device = training_device(run.model)
         if device is None:
             raise NothingToWin("the model has no parameters")
+        devices = {parameter.device for parameter in run.model.parameters()}
+        if len(devices) > 1:
+            raise NothingToWin(f"the model's parameters are on {len(devices)} devices, and it plans for one")
         reason = transfer.why_no_transfer(device)
         if reason is not None:
             raise NothingToWin(reason)
+        if run.config.mode(self.name) == "auto":
+            raise NothingToWin(_UNMEASURED)
+        if any(_is_sharded(parameter) for parameter in run.model.parameters()):
+            raise Declined(_SHARDED)
+        gauge = make_gauge(device, run.config.memory_budget)
+        self._checkpoint = PlannedCheckpoint(gauge, OffloadCheckpoint())
         changes = run.call("fastft_inject_reloader", checkpoint_fn=self._checkpoint)
         run.report.features[self.name].changes.extend(changes)
         run.ledger.record("the host memory of checkpoints", self._checkpoint.close)
@@ -38,9 +53,19 @@ class CheckpointingFeature:
 
     def stop(self, run: Run) -> None:
         """See `fastft_plugins.run.Feature`."""
-        entry = run.report.features[self.name]
-        entry.metrics.update(self._checkpoint.metrics())
-        for reason, calls in self._checkpoint.kept.most_common():
+        entry, planned = run.report.features[self.name], self._checkpoint
+        assert planned is not None  # a feature that has not started is not stopped
+        entry.metrics.update(planned.metrics())
+        entry.changes.append(planned.explain())
+        for reason, calls in planned.engine.kept.most_common():
             entry.changes.append(f"{calls:,} calls with stock checkpointing: {reason}")
-        if entry.enabled and not self._checkpoint.offloaded:
-            entry.enabled, entry.reason = False, "no checkpointed layer was offloaded"
+        if entry.enabled and not planned.calls["kept"] and not planned.engine.offloaded:
+            entry.enabled, entry.reason = (
+                False,
+                "nothing was kept whole or offloaded, as in stock checkpointing",
+            )
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    """Of FSDP2, FSDP1 or DeepSpeed's ZeRO-3, whose layers gather their weights whenever they run."""
+    return type(parameter).__name__ in ("DTensor", "FlatParameter") or hasattr(parameter, "ds_id")

@@ -16,7 +16,8 @@ from fastft_plugins.errors import Declined, NothingToWin
 from fastft_plugins.run import Run
 
 _FUNCTION = "_gradient_checkpointing_func"
-_ENABLE = "activation_checkpointing_enable"
+# Newer transformers says "activation" where older ones say "gradient"; an alias of the other name calls this one.
+_NAMES = ("activation_checkpointing", "gradient_checkpointing")
 
 
 def inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
@@ -26,7 +27,7 @@ def inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
     args = getattr(run.target.trainer, "args", None)
     if getattr(args, "activation_offloading", False):
         raise Declined("activation_offloading=True: TRL's own offloading copies all that is saved")
-    if getattr(args, "activation_checkpointing", False) and run.target.train_dataloader is None:
+    if any(getattr(args, name, False) for name in _NAMES) and run.target.train_dataloader is None:
         return _inject_later(run, checkpoint_fn)
     return _inject(run, checkpoint_fn)
 
@@ -44,7 +45,9 @@ def _inject(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
             kept[reason] += 1
             continue
         if stock not in functions:
-            functions[stock] = functools.partial(checkpoint_fn, **_keywords(stock))
+            # Asked for offloading, transformers copies on the stream that computes; the one that replaces it does not.
+            offload = {"offload": True} if _offloads(stock) else {}
+            functions[stock] = functools.partial(checkpoint_fn, **_keywords(stock), **offload)
         run.ledger.setattr(module, _FUNCTION, functions[stock])
     if not functions:
         raise Declined("; ".join(kept))
@@ -55,7 +58,8 @@ def _inject(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
 
 def _inject_later(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
     """In a block around a Trainer: checkpointing is switched on, anew, when training starts."""
-    enable, run_ref = getattr(run.model, _ENABLE), weakref.ref(run)
+    name = next(name for name in (f"{word}_enable" for word in _NAMES) if hasattr(run.model, name))
+    enable, run_ref = getattr(run.model, name), weakref.ref(run)
 
     @functools.wraps(enable)
     def enable_and_inject(*args: Any, **kwargs: Any) -> None:
@@ -70,7 +74,7 @@ def _inject_later(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
         else:
             run.report.features["checkpointing"].changes[:] = [change]
 
-    run.ledger.setattr(run.model, _ENABLE, enable_and_inject)
+    run.ledger.setattr(run.model, name, enable_and_inject)
     return "checkpoint function of the layers, when training switches checkpointing on"
 
 
@@ -79,14 +83,22 @@ def _is_checkpointed(module: nn.Module) -> bool:
 
 
 def _why_not(stock: Any) -> str | None:
-    inner = stock.func if isinstance(stock, functools.partial) else stock
-    if inner is not checkpoint:
-        if getattr(inner, "__qualname__", "").startswith("PreTrainedModel._activation_checkpointing_enable.<locals>"):
-            return "offload=True: transformers offloads them itself; leave it out to have the copies hidden"
+    inner = _inner(stock)
+    if inner is not checkpoint and not _offloads(stock):
         return f"they call {getattr(inner, '__qualname__', type(inner).__name__)}, not torch's checkpoint"
     if _keywords(stock).get("use_reentrant") is not False:
         return "use_reentrant=True: set gradient_checkpointing_kwargs={'use_reentrant': False}"
     return None
+
+
+def _inner(stock: Any) -> Any:
+    return stock.func if isinstance(stock, functools.partial) else stock
+
+
+def _offloads(stock: Any) -> bool:
+    """Whether it is what transformers makes for ``offload=True``: torch's checkpoint, what it saves put on the CPU."""
+    name: str = getattr(_inner(stock), "__qualname__", "")
+    return name.startswith("PreTrainedModel.") and name.endswith("checkpointing_enable.<locals>.checkpoint_func")
 
 
 def _keywords(stock: Any) -> dict[str, Any]:

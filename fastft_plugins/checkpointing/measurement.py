@@ -1,0 +1,117 @@
+"""What a forward and backward with every layer checkpointed show of the memory and time of each layer.
+
+Nothing is computed for it that checkpointing would not compute anyway: what a layer would hold when kept whole is what
+its recompute in the backward leaves allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastft_plugins.checkpointing.gauge import Gauge
+from fastft_plugins.checkpointing.planner import Costs
+
+
+class Measurement:
+    """One forward over rows of ``tokens`` tokens, begun now, and its backward. One at a time owns the gauge's peak.
+
+    Args:
+        checkpoint_fn: torch's checkpoint, or one that offloads the inputs, if ``offloads``.
+    """
+
+    def __init__(self, gauge: Gauge, tokens: int, checkpoint_fn: Callable[..., Any], *, offloads: bool) -> None:
+        self.tokens = tokens
+        self._gauge = gauge
+        self._checkpoint = checkpoint_fn
+        self._offloads = offloads
+        self._is_over = False
+        # Bytes by the layer's position: its input, what its recompute has left, and the peak in its backward.
+        self._inputs: dict[int, int] = {}
+        self._grown: dict[int, int] = {}
+        self._peaks: dict[int, int] = {}
+        self._copies: dict[int, int] = {}  # of the layer's weights, in the dtype of autocast
+        self._loss_peak = 0
+        self._newest: int | None = None  # the layer whose backward is under way
+        self._marks: list[tuple[Any, Any]] = []  # begin and end of each layer's forward
+        gauge.restart_peak()
+        self._before = gauge.allocated()
+
+    def run(self, position: int, layer: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint ``function``, a call of the ``layer`` at ``position`` with its input as the first argument."""
+        self._copies[position] = _autocast_copies(layer, args[0].device.type)
+        times_called = 0
+
+        def watched(*inputs: Any, **named: Any) -> Any:
+            nonlocal times_called
+            times_called += 1
+            if self._is_over or times_called != 2:  # the forward, or one more backward through the same graph
+                return function(*inputs, **named)
+            self._enter_backward(position)
+            before = self._gauge.allocated()
+            try:
+                return function(*inputs, **named)
+            finally:  # torch ends a recompute by an exception once it has all that it needs
+                self._grown[position] = max(0, self._gauge.allocated() - before)
+                self._peaks[position] = self._gauge.peak()
+
+        begin = self._gauge.mark()
+        outputs = self._checkpoint(watched, *args, use_reentrant=False, **kwargs)
+        self._marks.append((begin, self._gauge.mark()))
+        self._gauge.restart_peak()  # what a forward takes for a moment, its recompute takes too, and is seen there
+        has_backward = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs))
+        self._inputs[position] = args[0].nbytes if has_backward else 0
+        if not has_backward:  # the graph begins at a later layer: nothing is held, however it is run
+            self._grown[position] = self._peaks[position] = 0
+        return outputs
+
+    def abandon(self) -> None:
+        """Another forward has begun first: its backward is not measured."""
+        self._is_over = True
+
+    def costs(self) -> Costs | None:
+        """What it has shown; None before the backward has come through every layer."""
+        positions = range(len(self._inputs))
+        if not self._inputs or not self._inputs.keys() == self._grown.keys() == set(positions):
+            return None
+        inputs = tuple(self._inputs[position] for position in positions)
+        whole = tuple(self._inputs[position] + self._grown[position] for position in positions)
+        fixed = tuple(min(self._grown[position], self._copies[position]) for position in positions)
+        # Offloaded, at least the input of the layer that runs is there, and that of the last one at the loss.
+        there = [inputs[position] if self._offloads else sum(inputs[: position + 1]) for position in positions]
+        rest = [
+            max(0, self._peaks[position] - self._before - there[position] - self._grown[position])
+            for position in positions
+        ]
+        # Of the backward that came last only the recompute was seen. The one before it was seen to its end.
+        last = inputs.index(next(filter(None, inputs), 0))
+        rest[last] = max(rest[last : last + 2])
+        loss = max(0, self._loss_peak - self._before - there[-1])
+        return Costs(self.tokens, whole, inputs, fixed, tuple(rest), loss)
+
+    def layer_milliseconds(self) -> float:
+        """Mean time of one layer's forward; waits for the device."""
+        return sum(self._gauge.milliseconds(*marks) for marks in self._marks) / len(self._marks)
+
+    def _enter_backward(self, position: int) -> None:
+        """The backward reaches a layer: the peak so far is that of the layer after it, or of the loss."""
+        peak = self._gauge.peak()
+        if self._newest is None:
+            self._loss_peak = peak
+        else:
+            self._peaks[self._newest] = peak
+        self._newest = position
+        self._gauge.restart_peak()
+
+
+def _autocast_copies(layer: nn.Module, device_type: str) -> int:
+    """Bytes of the copies of weights that autocast makes, at most; the graph of a layer kept whole holds on to them."""
+    if not torch.is_autocast_enabled(device_type):
+        return 0
+    dtype = torch.get_autocast_dtype(device_type)
+    others = (weight for weight in layer.parameters() if weight.is_floating_point() and weight.dtype != dtype)
+    return sum(weight.numel() * dtype.itemsize for weight in others)

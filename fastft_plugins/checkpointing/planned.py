@@ -1,0 +1,174 @@
+"""`PlannedCheckpoint`: in place of torch's checkpoint, runs again in the backward only what there is no memory for.
+
+A layer that is kept whole computes the same numbers as a checkpointed one: the results are torch's, bit by bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+
+from fastft_plugins.checkpointing.engine import OffloadCheckpoint, may_offload
+from fastft_plugins.checkpointing.gauge import Gauge
+from fastft_plugins.checkpointing.measurement import Measurement
+from fastft_plugins.checkpointing.planner import Costs, Plan, choose
+
+# Keywords that are torch's checkpoint's own and not the layer's. The first ones say nothing to a layer that is kept
+# whole; with the others the user has a plan of their own.
+_OF_A_RECOMPUTE = {"preserve_rng_state", "determinism_check", "early_stop"}
+_OF_USERS = {"context_fn", "debug"}
+# A row this many times longer than the one measured is measured itself; up to there, costs are taken to grow with it.
+_LONGER = 1.25
+
+
+class PlannedCheckpoint:
+    """Called like `torch.utils.checkpoint.checkpoint`; measures in the first step, and from then on plans each forward.
+
+    Calls whose layer cannot be told (see `layer_of`) and calls with options that shape the recompute go to ``engine``.
+
+    Args:
+        gauge: of the device that the layers are on.
+        engine: checkpoints the layers whose inputs are offloaded.
+    """
+
+    def __init__(self, gauge: Gauge, engine: OffloadCheckpoint) -> None:
+        self.engine = engine
+        self.costs: Costs | None = None
+        self.forwards = 0  # that were planned
+        self.calls: Counter[str] = Counter()  # "kept", "checkpointed", "offloaded", "retried"
+        self._gauge = gauge
+        self._positions: dict[nn.Module, int] = {}  # of the layers, in the order of their first calls
+        self._tokens = 0  # of the forward under way
+        self._plan: Plan | None = None  # None while it is measured
+        self._measurement: Measurement | None = None  # of the forward under way, or of the one before
+        self._measured: Measurement | None = None  # that the costs are from
+        self._shortfall = 0.0  # bytes that were missing where kept layers ran out of memory
+        self._longest: tuple[int, float, Plan] | None = None  # the longest row: tokens, room and plan
+
+    def __call__(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        use_reentrant: bool | None = False,
+        offload: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """See `torch.utils.checkpoint.checkpoint`; raises ValueError for ``use_reentrant=True``.
+
+        ``offload``: the input of a layer that is not kept whole goes to host memory in any case, in the first step too.
+        """
+        layer = layer_of(function)
+        source = args[0] if args else None
+        if (
+            layer is None
+            or use_reentrant
+            or not isinstance(source, Tensor)
+            or not source.numel()
+            or kwargs.keys() & _OF_USERS
+            or not may_offload()
+        ):
+            return self.engine(function, *args, use_reentrant=use_reentrant, **kwargs)
+        position = self._positions.setdefault(layer, len(self._positions))
+        tokens = source.numel() // source.shape[-1] if source.dim() else 1
+        if position == 0 or tokens != self._tokens:
+            self._begin(tokens, offload)
+        if self._plan is None or self.costs is None:
+            assert self._measurement is not None
+            return self._measurement.run(position, layer, function, *args, **kwargs)
+        if self._plan.checkpointed <= position < len(self.costs.whole):  # beyond is a layer that was never measured
+            return self._keep(position, function, *args, **kwargs)
+        if self._plan.offloads:
+            self.calls["offloaded"] += 1
+            return self.engine(function, *args, **kwargs)
+        self.calls["checkpointed"] += 1
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+    def close(self) -> None:
+        """Free the host memory, and forget the layers."""
+        self.engine.close()
+        self._positions.clear()
+        self._plan, self._measurement = None, None
+
+    def __reduce__(self) -> Any:
+        """A copy or pickle, as part of a model, is torch's checkpoint: copies of a model are stock."""
+        return functools.partial, (checkpoint,)
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for a report; waits for the device."""
+        figures = {"planned_forwards": float(self.forwards)}
+        figures |= {f"{kind}_layers": calls / self.forwards for kind, calls in self.calls.items() if self.forwards}
+        if self._measured is not None and self.calls["kept"]:
+            layer_ms = self._measured.layer_milliseconds()
+            figures |= {"layer_forward_ms": layer_ms, "recompute_saved_ms": layer_ms * figures["kept_layers"]}
+        return figures | (self.engine.metrics() if self.engine.offloaded else {})
+
+    def explain(self) -> str:
+        """The plan of the longest row, and the figures that it was made from."""
+        if self._longest is None or self.costs is None:
+            return "no step has shown yet what its layers hold, so all of them were checkpointed"
+        tokens, room, plan = self._longest
+        costs, depth = self.costs, len(self.costs.whole)
+        kept = depth - plan.checkpointed
+        where = ", their inputs in host memory" if plan.offloads else ""
+        return (
+            f"rows of {tokens:,} tokens, {room / 1e9:.3g} GB to plan with: {kept} of {depth} layers kept whole, "
+            f"{plan.checkpointed} checkpointed{where}; a layer holds "
+            f"{sum(costs.whole) / depth / costs.tokens / 1e3:.3g} kB a token whole and "
+            f"{sum(costs.inputs) / depth / costs.tokens / 1e3:.3g} kB checkpointed; the rest is "
+            f"{costs.loss / 1e9:.3g} GB at the loss and at most {max(costs.rest) / 1e9:.3g} GB in a layer's backward"
+        )
+
+    def _begin(self, tokens: int, offload: bool) -> None:
+        """A forward over rows of ``tokens`` tokens begins."""
+        self._tokens = tokens
+        found = self._measurement.costs() if self._measurement is not None else None
+        if found is not None:
+            self.costs, self._measured, self._measurement = found, self._measurement, None
+        elif self._measurement is not None:
+            self._measurement.abandon()
+        if self.costs is None or len(self.costs.whole) < len(self._positions) or tokens > _LONGER * self.costs.tokens:
+            checkpoint_fn = self.engine if offload else checkpoint
+            self._plan, self._measurement = None, Measurement(self._gauge, tokens, checkpoint_fn, offloads=offload)
+            return
+        room = self._gauge.room() - self._shortfall
+        self._plan = choose(self.costs, tokens, room, always_offload=offload)
+        self.forwards += 1
+        if self._longest is None or tokens >= self._longest[0]:
+            self._longest = tokens, room, self._plan
+
+    def _keep(self, position: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        random_state, device_states = torch.get_rng_state(), get_device_states(*args)
+        named = {name: value for name, value in kwargs.items() if name not in _OF_A_RECOMPUTE}
+        try:
+            outputs = function(*args, **named)
+        except torch.OutOfMemoryError:
+            pass  # try again outside of this block: the error holds on to what the layer has allocated
+        else:
+            self.calls["kept"] += 1
+            return outputs
+        torch.set_rng_state(random_state)
+        set_device_states(*device_states)
+        self._plan_smaller(position)
+        self.calls["retried"] += 1
+        return self.engine(function, *args, **kwargs)
+
+    def _plan_smaller(self, position: int) -> None:
+        """The kept layers from ``position`` on have no room: plan without them from now on, and without one more."""
+        assert self.costs is not None
+        whole = self.costs.whole
+        self._shortfall += (sum(whole[position:]) + max(whole)) * self._tokens / self.costs.tokens
+        self._plan = Plan(len(whole), offloads=True)
+
+
+def layer_of(function: Callable[..., Any]) -> nn.Module | None:
+    """The layer that is called: ``function`` itself, the owner of a method, or what a partial calls or passes first."""
+    candidates = [function, getattr(function, "__self__", None)]
+    if isinstance(function, functools.partial):
+        candidates += [function.func, getattr(function.func, "__self__", None), *function.args[:1]]
+    return next((candidate for candidate in candidates if isinstance(candidate, nn.Module)), None)
