@@ -5,6 +5,7 @@ The last layers are kept, since their backward comes first and frees them soones
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 
@@ -64,9 +65,11 @@ def choose(costs: Costs, tokens: int, room: float, *, always_offload: bool = Fal
     If nothing fits, it is the plan that needs the least.
     """
     depth = len(costs.whole)
-    for checkpointed in range(depth + 1):
-        for offloads in (True,) if always_offload else (False, True):
-            plan = Plan(checkpointed, offloads)
-            if costs.need(plan, tokens) <= room:
-                return plan
-    return Plan(depth, offloads=True)
+    best = Plan(depth, offloads=True)
+    for offloads in (True,) if always_offload else (True, False):
+        # Each layer less that is kept needs less, so the fewest that have to be checkpointed are found by halves.
+        plans = [Plan(checkpointed, offloads) for checkpointed in range(depth + 1)]
+        fewest = bisect_left(plans, True, key=lambda plan: costs.need(plan, tokens) <= room)
+        if fewest <= best.checkpointed:
+            best = plans[fewest]
+    return best
