@@ -114,6 +114,21 @@ def sizes():
     return peaks
 
 
+@pytest.mark.parametrize("kept", range(DEPTH + 1))
+def test_what_a_plan_is_said_to_need_is_what_it_takes_and_hardly_more(kept):
+    measured = SimulatedDevice()
+    ours = planned_on(measured)
+    train(measured, ours, [ROWS, ROWS])
+    taken, positions = SimulatedDevice(), itertools.count()
+
+    def by_hand(layer, x, use_reentrant):
+        return layer(x) if next(positions) >= DEPTH - kept else stock(layer, x)
+
+    train(taken, by_hand, [ROWS])
+    need = ours.costs.need(Plan(DEPTH - kept), ROWS)
+    assert taken.highest <= need <= 1.3 * taken.highest
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.6])
 def test_the_same_gradients_in_any_memory_and_never_more_of_it(share, sizes):
     capacity = int(sizes["checkpointed"] + share * (sizes["kept"] - sizes["checkpointed"]))
@@ -237,6 +252,19 @@ def test_a_dropped_graph_teaches_nothing():
         for _ in range(2):
             model(make_input(0, ROWS, WIDTH), ours).sum().backward()
     assert ours.costs is not None and ours.forwards == 1
+
+
+def test_a_forward_that_another_one_overtakes_leaves_the_peak_to_it():
+    device = SimulatedDevice()
+    ours, model, restarts = planned_on(device), Stack(DEPTH, WIDTH), []
+    with device:
+        first = model(make_input(0, ROWS, WIDTH), ours)
+        second = model(make_input(1, ROWS, WIDTH), ours)
+        device.restart_peak = lambda: restarts.append(1)
+        first.sum().backward()
+        assert not restarts
+        second.sum().backward()
+        assert len(restarts) == DEPTH
 
 
 def test_layers_below_the_first_trained_one_hold_nothing():

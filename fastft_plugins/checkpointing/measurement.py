@@ -44,12 +44,10 @@ class Measurement:
     def run(self, position: int, layer: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoint ``function``, a call of the ``layer`` at ``position`` with its input as the first argument."""
         self._copies[position] = _autocast_copies(layer, args[0].device.type)
-        times_called = 0
+        is_recompute = False
 
         def watched(*inputs: Any, **named: Any) -> Any:
-            nonlocal times_called
-            times_called += 1
-            if self._is_over or times_called != 2:  # the forward, or one more backward through the same graph
+            if self._is_over or not is_recompute:
                 return function(*inputs, **named)
             self._enter_backward(position)
             before = self._gauge.allocated()
@@ -61,6 +59,7 @@ class Measurement:
 
         begin = self._gauge.mark()
         outputs = self._checkpoint(watched, *args, use_reentrant=False, **kwargs)
+        is_recompute = True
         self._marks.append((begin, self._gauge.mark()))
         self._gauge.restart_peak()  # what a forward takes for a moment, its recompute takes too, and is seen there
         has_backward = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs))
