@@ -86,9 +86,7 @@ class Measurement:
             max(0, self._peaks[position] - self._before - there[position] - self._grown[position])
             for position in positions
         ]
-        # Of the backward that came last only the recompute was seen. The one before it was seen to its end.
-        last = inputs.index(next(filter(None, inputs), 0))
-        rest[last] = max(rest[last : last + 2])
+        # Of the first layer's backward only the recompute was seen. That of the second layer, with more held, is worse.
         loss = max(0, self._loss_peak - self._before - there[-1])
         return Costs(self.tokens, whole, inputs, fixed, tuple(rest), loss)
 
