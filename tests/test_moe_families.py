@@ -39,10 +39,16 @@ CLASSES = decorated_classes()
 UNBUILDABLE: dict[str, str] = {}
 
 # Stock computes the activation, the norm or the sum in fp32 whatever it is given.
-COMPUTES_IN_FP32 = {"BeamExperts", "Inkling2Experts", "MuseSparkExperts", "OpenAIPrivacyFilterExperts"}
+COMPUTES_IN_FP32 = {
+    "BeamExperts",
+    "Inkling2Experts",
+    "Inkling2LoopExperts",
+    "MuseSparkExperts",
+    "OpenAIPrivacyFilterExperts",
+}
 
 # Gates of a kind that is used nowhere else: served by the model's own function.
-NO_KERNEL = {"Inkling2Experts"}
+NO_KERNEL = {"Inkling2Experts", "Inkling2LoopExperts"}
 
 # What a class asks for beside its config.
 ARGUMENTS = {"Ernie4_5_VLMoeMoeExperts": {"intermediate_size": INNER}}

@@ -40,7 +40,8 @@ class DecoderHook(RunHook):
             count_of(self.run).may_have_trained |= torch.is_grad_enabled() and self.counts_bare
             return None
         kwargs = dict(kwargs)
-        if kwargs.get("past_key_values") is not None:  # the caller continues a sequence, and means what stock does
+        # The caller continues a sequence, and means what stock does. transformers 5.24 has a new name for it.
+        if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
             metadata = NotPacked("past_key_values came with it")
         if isinstance(metadata, NotPacked):
             if is_training:

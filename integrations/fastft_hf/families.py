@@ -53,7 +53,8 @@ def _group(names: str, family: Family) -> dict[str, Family]:
 FAMILIES: dict[str, Family] = {
     **_group(
         """
-        apertus arcee aria_text axk1 bitnet cohere deepseek_v2 deepseek_v3 diffllama emu3_text_model ernie4_5
+        apertus apertus1p5_text lara_mini
+        arcee aria_text axk1 bitnet cohere deepseek_v2 deepseek_v3 diffllama emu3_text_model ernie4_5
         ernie4_5_moe flex_olmo gemma glm glm4 glm4_moe glm4_moe_lite gpt_neox granite granitemoe granitemoeshared helium
         hrm_text hy_v3 hyperclovax jais2 jetmoe llama longcat_flash minicpm3 minimax_m2 minimax_m3_vl_text
         mllama_text_model nanochat nemotron olmo olmo2 olmoe opt persimmon phi qwen2_moe seed_oss solar_open stablelm
@@ -75,7 +76,7 @@ FAMILIES: dict[str, Family] = {
     **_group("gemma3n_text", Family(WINDOWED, False, STOCK_NAN)),
     **_group(
         """
-        big_bird bloom codegen cpmant falcon gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp openai-gpt prophetnet
+        big_bird bloom cpmant falcon gpt_neo gpt_neox_japanese megatron-bert mpt mvp openai-gpt prophetnet
         reformer rembert roformer rwkv trocr xglm xlm xlnet
         """,
         Family(reason=OUTSIDE),
@@ -89,7 +90,9 @@ FAMILIES: dict[str, Family] = {
         Family(reason=STATE),
     ),
     **_group(
-        "axk2 deepseek_v32 deepseek_v4 doge dots3_note_text glm_moe_dsa hy_v4 inkling2_text inkling_text llama4_text",
+        """
+        axk2 deepseek_v32 deepseek_v4 doge dory dots3_note_text glm_moe_dsa hy_v4 inkling2_text inkling_text llama4_text
+        """,
         Family(reason=OWN_MASK),
     ),
     **_group(
@@ -108,9 +111,12 @@ FAMILIES: dict[str, Family] = {
         Family(reason=MULTIMODAL),
     ),
     **_group("bert gpt2", Family(reason=COUNTED)),
-    **_group("moshi", Family(reason=VERSIONS)),
+    **_group("codegen gptj moshi", Family(reason=VERSIONS)),
     **_group(
-        "bert-generation blt cohere_compass_text ctrl dbrx gemma4_assistant gemma4_unified_assistant roc_bert xmod",
+        """
+        bert-generation blt cohere_compass_text ctrl dbrx gemma4_assistant gemma4_unified_assistant inkling2_loop_text
+        roc_bert xmod
+        """,
         Family(reason=UNTRIED),
     ),
 }
