@@ -12,12 +12,10 @@ algorithms are compared with those of torch's checkpointing, which is run twice,
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.checkpoint_plans import Plans
-from benchmarks.environment import describe_environment, git_commit
+from benchmarks.environment import describe_command, describe_environment
 from benchmarks.settings import Settings
 from benchmarks.shapes import SHAPES, build_model
 from fastft_plugins import apply
@@ -50,12 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     model = make_model(options)
     batch = make_batch(options.tokens, options.vocab, device)
     result: dict[str, Any] = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "command": shlex.join(
-            ["python", "-m", "benchmarks.checkpoint_sweep", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        **describe_command("checkpoint_sweep", arguments),
         "environment": describe_environment(device),
         "lengths": list(batch["fastft_metadata"].lengths),
         "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),

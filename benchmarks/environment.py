@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from typing import Any
 
 import torch
 
+SCHEMA = 1
 PACKAGES = ("fastft-plugins", "torch", "triton", "transformers", "accelerate", "peft", "trl", "liger-kernel")
+
+
+def describe_command(module: str, arguments: list[str] | None) -> dict[str, Any]:
+    """The head of every result: when it was made, from which commit, and the command that makes it again."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *given]),
+    }
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -12,9 +12,7 @@ open-source peers take turns too, see `benchmarks.moe_peers`, each once its resu
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -23,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import describe_environment, git_commit
+from benchmarks.environment import describe_command, describe_environment
 from benchmarks.moe_peers import PEERS, check, recorded, register, suits
 from benchmarks.moe_shapes import CASES, SHAPES, Block, build_block, skewed_ids
 from benchmarks.moe_split import copy_bandwidth, glue_bytes, kernel_times
@@ -35,12 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device = torch.device(options.device)
     result: dict[str, Any] = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "command": shlex.join(
-            ["python", "-m", "benchmarks.moe_block", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        **describe_command("moe_block", arguments),
         "environment": describe_environment(device),
         "peers": register() if options.peers else {},
         "copy_bandwidth": copy_bandwidth() if device.type == "cuda" else None,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import gc
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,7 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.documents import describe, parse_lengths
-from benchmarks.environment import git_commit
+from benchmarks.environment import SCHEMA as SCHEMA
+from benchmarks.environment import describe_command
 from benchmarks.measure import steps_of
 from benchmarks.settings import SMOKE, Settings
 from benchmarks.shapes import SHAPES
@@ -26,7 +25,6 @@ from benchmarks.stacks import STACKS
 from benchmarks.summary import ratios, render, summarise
 from benchmarks.worker import measure
 
-SCHEMA = 1
 START_UP_S = 120  # a process may take this long, beside its budget, to import and to end
 _EPILOG = """\
 stacks, the first one named being the reference of every ratio:
@@ -41,10 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, settings = parse(arguments)
     out = output_file(options)
     result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "command": shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]),
+        **describe_command("run", arguments),
         "one_process": options.one_process,
         "settings": dataclasses.asdict(settings),
         "documents": describe(steps_of(settings)),

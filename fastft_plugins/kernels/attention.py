@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fastft_plugins.kernels import attention_efficient, attention_flash, attention_reference, attention_sdpa
-from fastft_plugins.kernels.dispatch import Kernel
+from fastft_plugins.kernels.dispatch import Kernel, not_on_nvidia
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ UNEVEN = 8
 
 
 def _flash_rejects(call: AttentionCall) -> str | None:
-    if call.device.type != "cuda" or torch.version.cuda is None:
-        return f"needs an NVIDIA GPU, the tensors are on {call.device.type}"
+    reason = not_on_nvidia(call.device)
+    if reason is not None:
+        return reason
     capability = torch.cuda.get_device_capability(call.device)
     if capability < (8, 0):
         return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
@@ -48,8 +49,9 @@ def _flash_rejects(call: AttentionCall) -> str | None:
 
 
 def _efficient_rejects(call: AttentionCall) -> str | None:
-    if call.device.type != "cuda" or torch.version.cuda is None:
-        return f"needs an NVIDIA GPU, the tensors are on {call.device.type}"
+    reason = not_on_nvidia(call.device)
+    if reason is not None:
+        return reason
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"needs float16, bfloat16 or float32, got {call.dtype}"
     if call.dtype == torch.bfloat16 and torch.cuda.get_device_capability(call.device) < (8, 0):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fastft_plugins.errors import FastFTError
 from fastft_plugins.manager import PluginManager, get_plugin_manager
 
@@ -29,6 +31,13 @@ class Kernel:
     rank: int
     rejects: Callable[[Any], str | None]
     run: Callable[..., Any]
+
+
+def not_on_nvidia(device: torch.device) -> str | None:
+    """The reason why a kernel for NVIDIA's GPUs cannot serve tensors on ``device``, or None."""
+    if device.type == "cuda" and torch.version.cuda is not None:
+        return None
+    return f"needs an NVIDIA GPU, the tensors are on {device.type}"
 
 
 @dataclass(frozen=True)

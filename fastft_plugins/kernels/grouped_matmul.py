@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastft_plugins.kernels.dispatch import Kernel, choose
+from fastft_plugins.kernels.dispatch import Kernel, choose, not_on_nvidia
 from fastft_plugins.kernels.rows import Rows
 from fastft_plugins.kernels.triton_support import TensorCall, triton_kernel, triton_rejects
 
@@ -120,8 +120,9 @@ def _too_narrow(call: MatmulCall) -> str | None:
 
 
 def _torch_rejects(call: MatmulCall) -> str | None:
-    if call.device.type != "cuda" or torch.version.cuda is None:
-        return f"needs an NVIDIA GPU, the tensors are on {call.device.type}"
+    reason = not_on_nvidia(call.device)
+    if reason is not None:
+        return reason
     capability = torch.cuda.get_device_capability(call.device)
     if capability[0] not in (9, 10):
         return f"is a loop that waits for the GPU at compute capability {capability[0]}.{capability[1]}"

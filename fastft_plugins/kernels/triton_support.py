@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fastft_plugins.kernels.dispatch import not_on_nvidia
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -23,8 +25,9 @@ class TensorCall:
 
 def triton_rejects(call: TensorCall) -> str | None:
     """The reason why a Triton kernel cannot serve this call, or None."""
-    if call.device.type != "cuda" or torch.version.cuda is None:
-        return f"needs an NVIDIA GPU, the tensors are on {call.device.type}"
+    reason = not_on_nvidia(call.device)
+    if reason is not None:
+        return reason
     if call.dtype not in _DTYPES:
         return f"needs bfloat16, float16 or float32, got {call.dtype}"
     if not _has_triton():

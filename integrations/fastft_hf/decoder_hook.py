@@ -51,7 +51,8 @@ class DecoderHook(RunHook):
             return args, kwargs
         _check_unchanged(metadata, args, kwargs)
         _check_positions(metadata, self.family)
-        self._check_code(decoder, kwargs)
+        self._check_code()
+        _check_outputs(decoder, kwargs)
         if torch.is_grad_enabled():  # whatever the mode: models come from_pretrained in that of evaluation
             count_packed(self.run, metadata)
         device = _inputs(args, kwargs).device
@@ -61,7 +62,7 @@ class DecoderHook(RunHook):
         kwargs["use_cache"] = False
         return args, kwargs
 
-    def _check_code(self, decoder: Any, kwargs: dict[str, Any]) -> None:
+    def _check_code(self) -> None:
         """Raise if somebody's code came since the run began; the padding with which stock could train is gone."""
         reason = next((reason for check in self.checks if (reason := check()) is not None), None)
         if reason is not None:
@@ -69,8 +70,6 @@ class DecoderHook(RunHook):
                 f"since training began: {reason}. Packed rows are no longer safe: make that change before training "
                 "begins, in a callback that comes before FastFTCallback, or train with packing='off'"
             )
-        if kwargs.get("output_attentions") and decoder.config._attn_implementation == "eager":
-            raise FastFTError("output_attentions=True: packed attention forms no weights; train with packing='off'")
 
     def _check_bare(self, args: Any, kwargs: dict[str, Any]) -> None:
         """Raise for a row of this run's collator that lost its metadata: stock attention may mix its documents."""
@@ -99,6 +98,11 @@ def _check_positions(metadata: PackedMetadata, family: Family) -> None:
             f"a document of this packed batch stood behind padding, and {family.reason}: "
             "use PaddingFreeCollator(collator, move_positions=False), which keeps such batches padded"
         )
+
+
+def _check_outputs(decoder: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions") and decoder.config._attn_implementation == "eager":
+        raise FastFTError("output_attentions=True: packed attention forms no weights; train with packing='off'")
 
 
 def _make_mask(metadata: PackedMetadata) -> Tensor:

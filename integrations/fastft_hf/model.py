@@ -11,19 +11,16 @@ pass keyword arguments on still pass the mask on, so the mask carries the metada
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastft_hf.classes import written_class
 from fastft_hf.decoder_hook import DecoderHook
 from fastft_hf.stand_in import StandInConfig
-from fastft_hf.suitability import family_of, why_not, why_not_attention, why_not_code
+from fastft_hf.suitability import attention_function, family_of, why_not, why_not_attention, why_not_code
 from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.packing import METADATA_KEY, packed_attention
 from fastft_plugins.run import Run
@@ -150,8 +147,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _stock(module: nn.Module) -> Callable[..., Any]:
-    eager = getattr(sys.modules[written_class(module).__module__], "eager_attention_forward", None)
-    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(_stock_implementation(module), eager)
+    function: Callable[..., Any] = attention_function(module, _stock_implementation(module))
     return function
 
 

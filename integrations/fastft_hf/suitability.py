@@ -75,13 +75,17 @@ def why_not_attention(causal_lm: PreTrainedModel, attentions: Sequence[nn.Module
     return foreign.replaced_forward(module for module in causal_lm.modules() if wanted & set(module.modules()))
 
 
+def attention_function(attention: nn.Module, implementation: str) -> Any:
+    """The function of this name in transformers' registry; "eager" is the one beside the layer's class."""
+    eager = getattr(sys.modules[written_class(attention).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+
+
 def _foreign_attention(attention: nn.Module) -> str | None:
     """Where the layer's attention function, or the mask it is given, comes from, if that is unknown."""
     config: Any = attention.config
-    written_in = sys.modules[written_class(attention).__module__]
-    eager = getattr(written_in, "eager_attention_forward", None)
-    masks = (getattr(written_in, name, None) for name in _MASKS)
-    functions = (ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager), *masks)
+    masks = (getattr(sys.modules[written_class(attention).__module__], name, None) for name in _MASKS)
+    functions = (attention_function(attention, config._attn_implementation), *masks)
     return next((home for each in functions if each is not None and (home := foreign.foreign_home(each))), None)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from transformers import Trainer
 
 from fastft_hf import foreign
-from fastft_hf.foreign import home_of
 from fastft_plugins.errors import Declined
 from fastft_plugins.packing.dataloader import wrap_dataloader
 from fastft_plugins.run import Run
@@ -127,10 +126,14 @@ def _check_loss(trainer: Trainer) -> None:
     for name in _LOSS_METHODS:
         method = getattr(trainer, name)
         *around, owner = foreign.layers(method)  # a decorator copies the module of what it wraps
-        if name in vars(trainer) or any(map(foreign.foreign_home, around)) or home_of(owner) not in _STOCK_MODULES:
+        if (
+            name in vars(trainer)
+            or any(map(foreign.foreign_home, around))
+            or foreign.home_of(owner) not in _STOCK_MODULES
+        ):
             where = getattr(owner, "__qualname__", name)
             raise Declined(f"{where} overrides {name}: its loss may not be a sum over tokens")
-    if foreign.foreign_home(trainer.label_smoother or _check_loss) is not None:
+    if foreign.foreign_home(trainer.label_smoother) is not None:
         raise Declined("label_smoother was replaced: its loss may not be a sum over tokens")
     if trainer.neftune_noise_alpha:
         raise Declined("neftune_noise_alpha is set: the size of its noise depends on the length of the padded rows")
