@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.shapes import enable_checkpointing
 from fastft_plugins.checkpointing import OffloadCheckpoint
 from fastft_plugins.checkpointing.gauge import make_gauge
 from fastft_plugins.checkpointing.planned import PlannedCheckpoint
+from fastft_plugins.checkpointing.products import storing_products
 
 Function = Callable[..., Any]
-_aten = torch.ops.aten
-_ATTENTION = {_aten._flash_attention_forward.default, _aten._scaled_dot_product_flash_attention.default}
-_PRODUCTS = _ATTENTION | {_aten.mm.default, _aten.addmm.default}
 
 
 class Plans:
@@ -28,9 +25,8 @@ class Plans:
 
     ``plain``: torch's checkpointing. ``none``: every layer kept whole. ``hf-offload``: transformers' ``offload=True``.
     ``every-N``: transformers' ``every_n_layers=N``. ``offload``: inputs offloaded, in every layer. ``keep-K``: the last
-    K layers whole, the others' inputs offloaded. ``planned``: each layer as the planner decides. ``attention`` and
-    ``products``: torch's selective checkpointing, storing the output of attention, or of every matrix product too; with
-    ``+offload``, inside offloaded checkpoints.
+    K layers whole, the others' inputs offloaded. ``planned``: each layer as the planner decides. ``products``: the
+    products of every layer stored; ``products+offload``: inside offloaded checkpoints.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,7 +42,7 @@ class Plans:
         depth = len(self.layers)
         kept = [f"keep-{depth * share // 8}" for share in (4, 6, 7)]
         names = ["plain", "planned", "offload", "hf-offload", "every-2", "every-4", *kept, "none"]
-        names += ["products", "products+offload", "every-3", "every-8", "attention", "attention+offload", "plain-again"]
+        names += ["products", "products+offload", "every-3", "every-8", "plain-again"]
         return [name for name in names if name != "hf-offload" or self._hf_offload is not None]
 
     def set(self, name: str) -> None:
@@ -80,20 +76,9 @@ class Plans:
             return stock if index % int(number) == 0 else None
         if kind == "keep":
             return ours if index < len(self.layers) - int(number) else None
-        stored, _, where = name.partition("+")
-        if stored in ("attention", "products") and where in ("", "offload"):
-            context = functools.partial(_storing, _ATTENTION if stored == "attention" else _PRODUCTS)
-            return functools.partial(ours if where else stock, context_fn=context)
+        if name in ("products", "products+offload"):
+            return functools.partial(ours if name != "products" else stock, context_fn=storing_products)
         raise ValueError(f"{name!r} is no plan; known: {', '.join(self.names)}")
-
-
-def _storing(ops: set[Any]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-    contexts = create_selective_checkpoint_contexts(policy)
-    return contexts
 
 
 def _hf_offload(model: nn.Module, layer: Any) -> Function | None:

@@ -24,6 +24,14 @@ class Copy:
     is_ordered: bool
 
 
+class HostMemory(bytearray):
+    """What has been asked for is done before the memory is gone, as on a device."""
+
+    def __del__(self) -> None:
+        self.owner.drain()
+        self.owner.live.remove(len(self))
+
+
 class LazyTransfer:
     """See `fastft_plugins.kernels.transfer.Transfer`."""
 
@@ -58,11 +66,9 @@ class LazyTransfer:
 
     def allocate(self, nbytes: int) -> Tensor:
         self.live.append(nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def free(self, host: Tensor) -> None:
-        self.drain()
-        self.live.remove(host.numel())
+        memory = HostMemory(nbytes)
+        memory.owner = self
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
     def metrics(self) -> dict[str, float]:
         return {"hidden_share": 1.0}

@@ -16,7 +16,7 @@ from fastft_plugins.kernels import transfer
 if TYPE_CHECKING:
     from fastft_plugins.run import Run
 
-_REASON = "layers for which there is memory are kept whole, the others are checkpointed"
+_REASON = "what there is memory for is kept or stored, the rest is computed again as in stock checkpointing"
 _UNMEASURED = "no time has been measured to be won by it yet; checkpointing='on' switches it on"
 _SHARDED = "the parameters are sharded (FSDP, ZeRO-3), and ranks that run other layers again would wait for each other"
 
@@ -59,11 +59,8 @@ class CheckpointingFeature:
         entry.changes.append(planned.explain())
         for reason, calls in planned.engine.kept.most_common():
             entry.changes.append(f"{calls:,} calls with stock checkpointing: {reason}")
-        if entry.enabled and not planned.calls["kept"] and not planned.engine.offloaded:
-            entry.enabled, entry.reason = (
-                False,
-                "nothing was kept whole or offloaded, as in stock checkpointing",
-            )
+        if entry.enabled and not planned.calls["kept"] + planned.calls["stored"] and not planned.engine.offloaded:
+            entry.enabled, entry.reason = False, "nothing was kept, stored or offloaded, as in stock checkpointing"
 
 
 def _is_sharded(parameter: Tensor) -> bool:

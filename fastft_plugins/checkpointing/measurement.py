@@ -1,11 +1,13 @@
 """What a forward and backward with every layer checkpointed show of the memory and time of each layer.
 
 Nothing is computed for it that checkpointing would not compute anyway: what a layer would hold when kept whole is what
-its recompute in the backward leaves allocated.
+its recompute in the backward leaves allocated, and its products are those that its recompute comes to.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from fastft_plugins.checkpointing.gauge import Gauge
 from fastft_plugins.checkpointing.planner import Costs
+from fastft_plugins.checkpointing.products import CountProducts
+
+# Products are stored and found again by Python code at every operation, which takes about as long as the operation's
+# launch. Where the host has no such time to spare, that would cost more than it saves.
+_SPARE = 2.5
+# Products save most of a layer's recompute. Where they take nearly what the layer takes whole, keeping it saves more.
+_WORTH = 0.6
 
 
 class Measurement:
@@ -35,6 +44,8 @@ class Measurement:
         self._grown: dict[int, int] = {}
         self._peaks: dict[int, int] = {}
         self._copies: dict[int, int] = {}  # of the layer's weights, in the dtype of autocast
+        self._products: dict[int, CountProducts] = {}
+        self._launch_ms: list[float] = []  # of the host, for each layer's forward
         self._loss_peak = 0
         self._newest: int | None = None  # the layer whose backward is under way
         self._marks: list[tuple[Any, Any]] = []  # begin and end of each layer's forward
@@ -52,14 +63,19 @@ class Measurement:
             self._enter_backward(position)
             before = self._gauge.allocated()
             try:
-                return function(*inputs, **named)
+                if is_compiled:  # under a mode of ours, torch would not run what it has compiled
+                    return function(*inputs, **named)
+                with self._products.setdefault(position, CountProducts()):
+                    return function(*inputs, **named)
             finally:  # torch ends a recompute by an exception once it has all that it needs
                 self._grown[position] = max(0, self._gauge.allocated() - before)
                 self._peaks[position] = self._gauge.peak()
 
-        begin = self._gauge.mark()
+        is_compiled = any(_is_compiled(module) for module in layer.modules())
+        begin, clock = self._gauge.mark(), time.perf_counter()
         outputs = self._checkpoint(watched, *args, use_reentrant=False, **kwargs)
         is_recompute = True
+        self._launch_ms.append((time.perf_counter() - clock) * 1e3)
         self._marks.append((begin, self._gauge.mark()))
         self._gauge.restart_peak()  # what a forward takes for a moment, its recompute takes too, and is seen there
         has_backward = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs))
@@ -88,11 +104,22 @@ class Measurement:
         ]
         # Of the first layer's backward only the recompute was seen. That of the second layer, with more held, is worse.
         loss = max(0, self._loss_peak - self._before - there[-1])
-        return Costs(self.tokens, whole, inputs, fixed, tuple(rest), loss)
+        products = [self._products[position].nbytes if position in self._products else 0 for position in positions]
+        if sum(inputs) + sum(products) > _WORTH * sum(whole) or not self._host_has_time():
+            products = [0] * len(products)
+        return Costs(self.tokens, whole, inputs, tuple(products), fixed, tuple(rest), loss)
+
+    def count_products(self, position: int) -> int:
+        """How many products a layer's recompute has come to; 0 if it had none."""
+        return self._products[position].count if position in self._products else 0
 
     def layer_milliseconds(self) -> float:
-        """Mean time of one layer's forward; waits for the device."""
-        return sum(self._gauge.milliseconds(*marks) for marks in self._marks) / len(self._marks)
+        """Time of a layer's forward, the median of all; waits for the device."""
+        return statistics.median(self._gauge.milliseconds(*marks) for marks in self._marks)
+
+    def _host_has_time(self) -> bool:
+        # Where the device is behind, a launch waits for it: the shortest one is the host's own time.
+        return self.layer_milliseconds() > _SPARE * min(self._launch_ms)
 
     def _enter_backward(self, position: int) -> None:
         """The backward reaches a layer: the peak so far is that of the layer after it, or of the loss."""
@@ -103,6 +130,10 @@ class Measurement:
             self._peaks[self._newest] = peak
         self._newest = position
         self._gauge.restart_peak()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def _autocast_copies(layer: nn.Module, device_type: str) -> int:

@@ -1,6 +1,6 @@
 """`PlannedCheckpoint`: in place of torch's checkpoint, runs again in the backward only what there is no memory for.
 
-A layer that is kept whole computes the same numbers as a checkpointed one: the results are torch's, bit by bit.
+What is kept or stored are the same numbers that would be computed again: the results are torch's, bit by bit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastft_plugins.checkpointing.engine import OffloadCheckpoint, may_offload
 from fastft_plugins.checkpointing.gauge import Gauge
 from fastft_plugins.checkpointing.measurement import Measurement
 from fastft_plugins.checkpointing.planner import Costs, Plan, choose
+from fastft_plugins.checkpointing.products import storing_products
 
 # Keywords that are torch's checkpoint's own and not the layer's. The first ones say nothing to a layer that is kept
 # whole; with the others the user has a plan of their own.
@@ -41,7 +42,7 @@ class PlannedCheckpoint:
         self.engine = engine
         self.costs: Costs | None = None
         self.forwards = 0  # that were planned
-        self.calls: Counter[str] = Counter()  # "kept", "checkpointed", "offloaded", "retried"
+        self.calls: Counter[str] = Counter()  # "kept", "stored", "checkpointed", "offloaded", "retried"
         self._gauge = gauge
         self._positions: dict[nn.Module, int] = {}  # of the layers, in the order of their first calls
         self._tokens = 0  # of the forward under way
@@ -81,13 +82,16 @@ class PlannedCheckpoint:
         if self._plan is None or self.costs is None:
             assert self._measurement is not None
             return self._measurement.run(position, layer, function, *args, **kwargs)
-        if self._plan.checkpointed <= position < len(self.costs.whole):  # beyond is a layer that was never measured
-            return self._keep(position, function, *args, **kwargs)
-        if self._plan.offloads:
-            self.calls["offloaded"] += 1
-            return self.engine(function, *args, **kwargs)
-        self.calls["checkpointed"] += 1
-        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        checkpoint_fn: Callable[..., Any] = self.engine if self._plan.offloads else _checkpoint
+        if position < self._plan.checkpointed or position >= len(self.costs.whole):  # the latter was never measured
+            self.calls["offloaded" if self._plan.offloads else "checkpointed"] += 1
+            return checkpoint_fn(function, *args, **kwargs)
+        if position >= self._plan.run_again:
+            return self._try("kept", position, _keep, function, *args, **kwargs)
+        assert self._measured is not None
+        context_fn = functools.partial(storing_products, self._measured.count_products(position))
+        run = functools.partial(checkpoint_fn, context_fn=context_fn)
+        return self._try("stored", position, run, function, *args, **kwargs)
 
     def close(self) -> None:
         """Free the host memory, and forget the layers."""
@@ -103,9 +107,9 @@ class PlannedCheckpoint:
         """Figures for a report; waits for the device."""
         figures = {"planned_forwards": float(self.forwards)}
         figures |= {f"{kind}_layers": calls / self.forwards for kind, calls in self.calls.items() if self.forwards}
-        if self._measured is not None and self.calls["kept"]:
+        if self._measured is not None and self.calls["kept"] + self.calls["stored"]:
             layer_ms = self._measured.layer_milliseconds()
-            figures |= {"layer_forward_ms": layer_ms, "recompute_saved_ms": layer_ms * figures["kept_layers"]}
+            figures |= {"layer_forward_ms": layer_ms, "recompute_saved_ms": layer_ms * figures.get("kept_layers", 0.0)}
         return figures | (self.engine.metrics() if self.engine.offloaded else {})
 
     def explain(self) -> str:
@@ -114,13 +118,14 @@ class PlannedCheckpoint:
             return "no step has shown yet what its layers hold, so all of them were checkpointed"
         tokens, room, plan = self._longest
         costs, depth = self.costs, len(self.costs.whole)
-        kept = depth - plan.checkpointed
-        where = ", their inputs in host memory" if plan.offloads else ""
+        whole, products, inputs = (
+            f"{sum(sizes) / depth / costs.tokens / 1e3:.3g} kB" for sizes in (costs.whole, costs.products, costs.inputs)
+        )
+        where = ", the inputs of both in host memory" if plan.offloads else ""
         return (
-            f"rows of {tokens:,} tokens, {room / 1e9:.3g} GB to plan with: {kept} of {depth} layers kept whole, "
-            f"{plan.checkpointed} checkpointed{where}; a layer holds "
-            f"{sum(costs.whole) / depth / costs.tokens / 1e3:.3g} kB a token whole and "
-            f"{sum(costs.inputs) / depth / costs.tokens / 1e3:.3g} kB checkpointed; the rest is "
+            f"rows of {tokens:,} tokens, {room / 1e9:.3g} GB to plan with: {depth - plan.run_again} of {depth} layers "
+            f"kept whole, {plan.stored} with their products stored, {plan.checkpointed} checkpointed{where}; a layer "
+            f"holds {whole} a token whole, {products} of products and {inputs} as its input; the rest is "
             f"{costs.loss / 1e9:.3g} GB at the loss and at most {max(costs.rest) / 1e9:.3g} GB in a layer's backward"
         )
 
@@ -142,33 +147,45 @@ class PlannedCheckpoint:
         if self._longest is None or tokens >= self._longest[0]:
             self._longest = tokens, room, self._plan
 
-    def _keep(self, position: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _try(self, how: str, position: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a layer as planned; if there is no memory for that after all, again, with only its input, offloaded."""
         random_state, device_states = torch.get_rng_state(), get_device_states(*args)
-        named = {name: value for name, value in kwargs.items() if name not in _OF_A_RECOMPUTE}
         try:
-            outputs = function(*args, **named)
+            outputs = run(*args, **kwargs)
         except torch.OutOfMemoryError:
             pass  # try again outside of this block: the error holds on to what the layer has allocated
         else:
-            self.calls["kept"] += 1
+            self.calls[how] += 1
             return outputs
         torch.set_rng_state(random_state)
         set_device_states(*device_states)
         self._plan_smaller(position)
         self.calls["retried"] += 1
-        return self.engine(function, *args, **kwargs)
+        return self.engine(*args, **kwargs)
 
     def _plan_smaller(self, position: int) -> None:
-        """The kept layers from ``position`` on have no room: plan without them from now on, and without one more."""
-        assert self.costs is not None
-        whole = self.costs.whole
-        self._shortfall += (sum(whole[position:]) + max(whole)) * self._tokens / self.costs.tokens
-        self._plan = Plan(len(whole), offloads=True)
+        """What the layers from ``position`` on hold has no room: plan without it from now on, and a layer's more."""
+        assert self.costs is not None and self._plan is not None
+        kept = self._plan.run_again
+        held = [*self.costs.products[:kept], *self.costs.whole[kept:]]
+        self._shortfall += (sum(held[position:]) + max(held)) * self._tokens / self.costs.tokens
+        self._plan = Plan(len(held), offloads=True)
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+def _keep(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **{name: value for name, value in kwargs.items() if name not in _OF_A_RECOMPUTE})
 
 
 def layer_of(function: Callable[..., Any]) -> nn.Module | None:
     """The layer that is called: ``function`` itself, the owner of a method, or what a partial calls or passes first."""
-    candidates = [function, getattr(function, "__self__", None)]
+    if isinstance(function, nn.Module):
+        return function
     if isinstance(function, functools.partial):
-        candidates += [function.func, getattr(function.func, "__self__", None), *function.args[:1]]
-    return next((candidate for candidate in candidates if isinstance(candidate, nn.Module)), None)
+        found = (layer_of(candidate) for candidate in (function.func, *function.args[:1]))
+        return next((layer for layer in found if layer is not None), None)
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None

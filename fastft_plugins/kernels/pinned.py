@@ -72,9 +72,7 @@ class HostPool:
     def _drop_oldest(self) -> bool:
         if not self._free:
             return False
-        buffer = self._free.pop(0)
-        self.allocated -= buffer.numel()
-        self._transfer.free(buffer)
+        self.allocated -= self._free.pop(0).numel()
         return True
 
     def _remove(self, buffer: Tensor) -> None:

@@ -35,10 +35,7 @@ class Transfer(Protocol):
         """Its memory must not be used again before what ``stream`` has been given by its end is done."""
 
     def allocate(self, nbytes: int) -> Tensor:
-        """Host memory for copies, uint8 ``[nbytes]``; its contents are undefined."""
-
-    def free(self, host: Tensor) -> None:
-        """Give host memory back, once no copy needs it."""
+        """Host memory for copies, uint8 ``[nbytes]``; its contents are undefined. It is freed after the last copy."""
 
     def metrics(self) -> dict[str, float]:
         """Figures of the copies so far, for a report."""
@@ -51,7 +48,6 @@ class CudaTransfer:
         self.device = device
         self._queue = torch.cuda.Stream(device)
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=_MEASURED)
-        self._pinned: set[int] = set()
         self._pageable_bytes = 0
 
     def compute_stream(self) -> torch.cuda.Stream:
@@ -80,19 +76,14 @@ class CudaTransfer:
 
     def allocate(self, nbytes: int) -> Tensor:
         # Whole pages of our own, as page-locking goes by pages; torch's pinned memory comes in powers of two.
-        host = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        pages = _Pages(-1, nbytes)
+        host = torch.frombuffer(pages, dtype=torch.uint8)
         if int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), nbytes, 0)) == 0:
-            self._pinned.add(host.data_ptr())
+            pages.locked_at, pages.queue = host.data_ptr(), self._queue
         else:
             self._pageable_bytes += nbytes
             _forget_cuda_error(self.device)
         return host
-
-    def free(self, host: Tensor) -> None:
-        self._queue.synchronize()
-        if host.data_ptr() in self._pinned:
-            self._pinned.remove(host.data_ptr())
-            torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
     def metrics(self) -> dict[str, float]:
         """``hidden_share``: of the time of the copies, the part in which the computation did not wait for them."""
@@ -104,6 +95,21 @@ class CudaTransfer:
         if copying:
             figures |= {"copy_ms": copying / len(waits), "hidden_share": max(0.0, 1 - waiting / copying)}
         return figures
+
+
+class _Pages(mmap.mmap):
+    """Memory that is unlocked before it is unmapped, however it is let go of.
+
+    Pages that were still registered would make copies to whatever is mapped there next fail.
+    """
+
+    locked_at = 0
+    queue: torch.cuda.Stream | None = None
+
+    def __del__(self) -> None:
+        if self.queue is not None:
+            self.queue.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(self.locked_at)
 
 
 def why_no_transfer(device: torch.device) -> str | None:

@@ -1,0 +1,262 @@
+"""Stored products: the gradients of torch's checkpointing, with fewer products, in the memory that was planned."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+
+import pytest
+import torch
+from checkpointing_helpers import SCHEDULES, Layer, Stack, assert_same, gradients, lazy_engine, make_input, stock
+from simulated_device import SimulatedDevice
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import checkpoint
+
+from fastft_plugins.checkpointing import OffloadCheckpoint
+from fastft_plugins.checkpointing import measurement as measurement_module
+from fastft_plugins.checkpointing import products as products_module
+from fastft_plugins.checkpointing.planned import PlannedCheckpoint
+from fastft_plugins.checkpointing.products import MIN_WIDTH, storing_products
+
+DEPTH, WIDTH, ROWS = 4, MIN_WIDTH, 2048
+storing = functools.partial(checkpoint, use_reentrant=False, context_fn=storing_products)
+
+
+class PatientHost(SimulatedDevice):
+    """A device so slow that the host has time to spare."""
+
+    def milliseconds(self, begin, end):
+        return 1e9
+
+
+class CountOperations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Block(nn.Module):
+    """Attention, a narrow product as LoRA's second one, and an in-place activation."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.narrow = nn.Sequential(nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH))
+        self.dropout = dropout
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (4, -1)).transpose(-2, -3) for layer in (self.q, self.k, self.v))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout)
+        out = self.o(out.transpose(-2, -3).flatten(-2))
+        return nn.functional.dropout(nn.functional.relu(out, inplace=True) + self.narrow(x), 0.3)
+
+
+class Light(Layer):
+    """A layer that holds far more than its products."""
+
+    def forward(self, x):
+        out = self.up(x)
+        for _ in range(4):
+            out = torch.sin(torch.tanh(out))
+        return x + self.dropout(self.down(out))
+
+
+class LightStack(Stack):
+    def __init__(self):
+        super().__init__(0)
+        self.layers = nn.ModuleList(Light(index, WIDTH) for index in range(DEPTH))
+
+
+def train(model, checkpoint_fn, x, runs=1):
+    torch.manual_seed(5)
+    model.zero_grad()
+    x.grad = None
+    out = x
+    for layer in model:
+        out = checkpoint_fn(layer, out)
+    for run in range(runs):
+        out.square().sum().backward(retain_graph=run < runs - 1)
+    return [*gradients(model, x), torch.get_rng_state()]
+
+
+@pytest.fixture
+def blocks():
+    torch.manual_seed(0)
+    return nn.ModuleList(Block() for _ in range(3)), torch.randn(2, 16, WIDTH, requires_grad=True)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("runs", [1, 2])
+def test_the_same_gradients_with_fewer_products(blocks, runs, dropout):
+    model, x = blocks
+    for block in model:
+        block.dropout = dropout
+    plain = functools.partial(checkpoint, use_reentrant=False)
+    found, products = [], []
+    for checkpoint_fn in (plain, storing):
+        with CountOperations() as counted:
+            found.append(train(model, checkpoint_fn, x, runs))
+        products.append(counted.calls[torch.ops.aten.addmm.default])
+    assert_same(*found)
+    # Of each block's six products, the narrow one is computed again, and the last of it is never asked for.
+    forward, again = 3 * 6, 3 * 6
+    assert products[0] - products[1] >= runs * 3 * 3 and products[1] < forward + runs * again
+
+
+def test_attention_is_stored_only_where_it_draws_no_random_numbers():
+    draws = torch.ops.aten._scaled_dot_product_flash_attention.default
+    q = torch.randn(1, 4, 16, 64)
+    assert products_module.is_product(draws, (q, q, q), {})
+    assert products_module.is_product(draws, (q, q, q, 0.0), {})
+    assert not products_module.is_product(draws, (q, q, q, 0.1), {})
+    assert not products_module.is_product(draws, (q, q, q), {"dropout_p": 0.1})
+
+
+def test_what_was_changed_in_place_is_computed_again():
+    layer = nn.Linear(WIDTH, WIDTH)
+
+    def changes(x):
+        return layer(layer(x).mul_(2).add_(1)).sin()
+
+    found = []
+    for checkpoint_fn in (functools.partial(checkpoint, use_reentrant=False), storing):
+        layer.zero_grad()
+        x = torch.ones(3, WIDTH, requires_grad=True)
+        checkpoint_fn(changes, x).sum().backward()
+        found.append(gradients(layer, x))
+    assert_same(*found)
+
+
+def test_only_so_many_products_are_stored(blocks):
+    model, x = blocks
+    computed = []
+    for count in (0, 2, 4):
+        with CountOperations() as counted:
+            train(model, functools.partial(storing, context_fn=functools.partial(storing_products, count)), x)
+        computed.append(counted.calls[torch.ops.aten.addmm.default])
+    # The fourth is attention.
+    assert (computed[0] - computed[1], computed[1] - computed[2]) == (2 * 3, 1 * 3)
+
+
+def test_stored_products_die_with_their_layers_backward(blocks):
+    model, x = blocks
+    held = []
+    for checkpoint_fn in (functools.partial(checkpoint, use_reentrant=False), storing):
+        model.zero_grad()
+        device = SimulatedDevice()
+        with device:
+            out = checkpoint_fn(model[0], x)
+            held.append(device.allocated())
+            out.sum().backward()
+            del out
+            held.append(device.allocated())
+    assert held[2] >= held[0] + 4 * x.nbytes and held[3] == held[1]
+
+
+def wide_steps(device, checkpoint_fn, steps):
+    model, found = LightStack(), []
+    for _ in range(steps):
+        x = make_input(0, ROWS, WIDTH)
+        with device:
+            model(x, checkpoint_fn).square().sum().backward()
+        found.append([grad.clone() for grad in gradients(model, x)])
+        model.zero_grad()
+    return found
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    peaks = []
+    for function in (stock, lambda layer, x, **_: layer(x)):
+        device = SimulatedDevice()
+        wide_steps(device, function, 1)
+        peaks.append(device.highest)
+    return peaks
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0, 1.5])
+def test_the_planner_stores_products_before_it_keeps_layers_and_never_takes_more_than_there_is(share, sizes):
+    least, most = sizes
+    device = PatientHost(int(least + share * (most - least)))
+    ours = PlannedCheckpoint(device, OffloadCheckpoint())
+    expected = wide_steps(SimulatedDevice(), stock, 3)
+    for ours_step, stock_step in zip(wide_steps(device, ours, 3), expected, strict=True):
+        assert_same(ours_step, stock_step)
+    assert not ours.calls["retried"] and ours.forwards == 2
+    assert sum(ours.calls.values()) == 2 * DEPTH
+    assert not (ours.calls["kept"] and ours.calls["checkpointed"] + ours.calls["offloaded"])
+    assert bool(ours.calls["stored"]) == (0 < share < 1.5)
+    assert ours.calls["kept"] == 2 * DEPTH or share < 1.5
+    assert f"{ours.calls['stored'] // 2} with their products stored" in ours.explain()
+
+
+def test_no_products_are_stored_where_the_host_has_no_time(sizes):
+    device = SimulatedDevice(sum(sizes) // 2)
+    device.milliseconds = lambda begin, end: (end - begin) * 1e3  # the device waits for the host
+    ours = PlannedCheckpoint(device, OffloadCheckpoint())
+    wide_steps(device, ours, 3)
+    assert ours.calls["kept"] and not ours.calls["stored"] and ours.costs.products == (0,) * DEPTH
+
+
+def test_a_compiled_layer_stores_no_products(monkeypatch):
+    ours = PlannedCheckpoint(PatientHost(), OffloadCheckpoint())
+    monkeypatch.setattr(measurement_module, "_is_compiled", lambda module: isinstance(module, Layer))
+    wide_steps(ours._gauge, ours, 2)
+    assert ours.costs.products == (0,) * DEPTH
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.__name__)
+def test_every_schedule_gives_the_gradients_of_torch_checkpointing(schedule, offload, monkeypatch):
+    monkeypatch.setattr(products_module, "MIN_WIDTH", 1)
+    engine, lazy = lazy_engine(monkeypatch)
+    ours, found = PlannedCheckpoint(PatientHost(budget=1), engine), []
+    choose_storing(monkeypatch, offload)
+    for checkpoint_fn in (stock, functools.partial(ours, offload=offload)):
+        torch.manual_seed(1)
+        found.append([grad for _ in range(3) for grad in schedule(checkpoint_fn)])
+        found[-1].append(torch.get_rng_state())
+    assert_same(*found)
+    assert not lazy.corrupted
+
+
+def choose_storing(monkeypatch, offload):
+    """Whatever room there is, every layer's products are stored."""
+    from fastft_plugins.checkpointing import planned as planned_module
+    from fastft_plugins.checkpointing.planner import Plan
+
+    plan = lambda costs, *_, **__: Plan(0, len(costs.whole), offload)  # noqa: E731
+    monkeypatch.setattr(planned_module, "choose", plan)
+
+
+@pytest.mark.parametrize("fitting", range(DEPTH - 1))
+def test_products_without_room_are_given_up(fitting, sizes, monkeypatch):
+    device = PatientHost(sum(sizes) // 2)
+    ours, forward, calls = PlannedCheckpoint(device, OffloadCheckpoint()), Light.forward, []
+
+    def without_room(layer, x, *args):
+        is_stored = any(isinstance(mode, products_module._Storing) for mode in _get_current_dispatch_mode_stack())
+        if is_stored and not ours.calls["retried"] and ours.calls["stored"] == fitting:
+            calls.append(layer)
+            raise torch.OutOfMemoryError("fragmented")
+        return forward(layer, x, *args)
+
+    expected = wide_steps(SimulatedDevice(), stock, 4)
+    monkeypatch.setattr(Light, "forward", without_room)
+    for ours_step, stock_step in zip(wide_steps(device, ours, 4), expected, strict=True):
+        assert_same(ours_step, stock_step)
+    assert len(calls) == ours.calls["retried"] == 1
+
+
+def test_tensors_of_any_dtype_count_by_their_bytes():
+    layer = nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
+    with products_module.CountProducts() as counted:
+        layer(torch.ones(2, WIDTH, dtype=torch.bfloat16))
+    assert (counted.count, counted.nbytes) == (1, 2 * WIDTH * 2)
+    assert isinstance(layer.weight, Tensor)
