@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.shapes import enable_checkpointing
+from fastft_hf.adapter_first import AdaptersFirst
 from fastft_plugins.checkpointing import OffloadCheckpoint
 from fastft_plugins.checkpointing.gauge import make_gauge
 from fastft_plugins.checkpointing.planned import PlannedCheckpoint
@@ -25,8 +26,10 @@ class Plans:
 
     ``plain``: torch's checkpointing. ``none``: every layer kept whole. ``hf-offload``: transformers' ``offload=True``.
     ``every-N``: transformers' ``every_n_layers=N``. ``offload``: inputs offloaded, in every layer. ``keep-K``: the last
-    K layers whole, the others' inputs offloaded. ``planned``: each layer as the planner decides. ``products``: the
-    products of every layer stored; ``products+offload``: inside offloaded checkpoints.
+    K layers whole, the others' inputs offloaded. ``planned``: each layer as the planner decides; ``planned@G``: in G GB
+    of GPU memory. ``early``: torch's checkpointing, with LoRA's last adapters before their base products, as in
+    ``keep``, ``planned`` and the following. ``products``: the products of every layer stored; ``products+offload``:
+    inside offloaded checkpoints.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,7 +45,7 @@ class Plans:
         depth = len(self.layers)
         kept = [f"keep-{depth * share // 8}" for share in (4, 6, 7)]
         names = ["plain", "planned", "offload", "hf-offload", "every-2", "every-4", *kept, "none"]
-        names += ["products", "products+offload", "every-3", "every-8", "plain-again"]
+        names += ["early", "products", "products+offload", "every-3", "every-8", "plain-again"]
         return [name for name in names if name != "hf-offload" or self._hf_offload is not None]
 
     def set(self, name: str) -> None:
@@ -51,7 +54,9 @@ class Plans:
         self.offload.close()
         self.offload = OffloadCheckpoint()
         device = next(self.layers[0].parameters()).device
-        self.planned = PlannedCheckpoint(make_gauge(device, "auto"), self.offload) if name == "planned" else None
+        self.planned = None
+        if name.startswith("planned"):
+            self.planned = PlannedCheckpoint(make_gauge(device, "auto"), self.offload)
         for index, layer in enumerate(self.layers):
             function = self._function(name, index)
             layer.gradient_checkpointing = function is not None
@@ -60,14 +65,16 @@ class Plans:
     def _function(self, name: str, index: int) -> Function | None:
         """What the layer ``index`` calls; None if it is kept whole."""
         kind, _, number = name.partition("-")
-        ours = functools.partial(self.offload, use_reentrant=False)
         stock = functools.partial(checkpoint, use_reentrant=False)
+        ours, early = AdaptersFirst(self.offload), AdaptersFirst(stock)
         if name in ("plain", "plain-again"):
             return stock
         if name == "offload":
-            return ours
-        if name == "planned":
-            return self.planned
+            return self.offload
+        if self.planned is not None:
+            return AdaptersFirst(self.planned)
+        if name == "early":
+            return early
         if name == "hf-offload":
             return self._hf_offload
         if name == "none":
@@ -77,7 +84,7 @@ class Plans:
         if kind == "keep":
             return ours if index < len(self.layers) - int(number) else None
         if name in ("products", "products+offload"):
-            return functools.partial(ours if name != "products" else stock, context_fn=storing_products)
+            return functools.partial(early if name == "products" else ours, context_fn=storing_products)
         raise ValueError(f"{name!r} is no plan; known: {', '.join(self.names)}")
 
 

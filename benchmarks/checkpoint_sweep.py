@@ -42,9 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = Settings(device=options.device).torch_device()
     if device.type == "cuda":  # for deterministic products; read when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if options.cap is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(options.cap * 1e9 / total)
+    limit_memory(device, options.cap)
     model = make_model(options)
     batch = make_batch(options.tokens, options.vocab, device)
     result: dict[str, Any] = {
@@ -79,6 +77,7 @@ def measure(
     """One plan's gradients, then its times and memory. ``truth`` is filled by the plan that comes first."""
     plans.set(name)
     _settle()
+    limit_memory(torch.device(options.device), float(name.partition("@")[2]) if "@" in name else options.cap)
     try:
         if plans.planned is not None:
             gradients(model, batch)  # its first step measures, and is stock
@@ -96,6 +95,13 @@ def measure(
         outcome = {"status": f"out of memory: {str(error).splitlines()[0][:200]}"}
     _forget(model)
     return outcome
+
+
+def limit_memory(device: torch.device, gigabytes: float | None) -> None:
+    """Let this process use no more of a GPU's memory; all of it for None."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (gigabytes or total / 1e9) * 1e9 / total))
 
 
 def compare(model: nn.Module, batch: dict[str, Any], truth: dict[str, Tensor]) -> dict[str, Any]:

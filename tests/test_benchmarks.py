@@ -303,7 +303,7 @@ def test_smoke_run_of_the_checkpoint_sweep(
 
     monkeypatch.setattr(checkpoint_plans, "make_gauge", lambda device, budget: SimulatedDevice())
     out = tmp_path / "sweep.json"
-    plans = "plain,planned,offload,every-2,keep-1,none,products+offload"
+    plans = "plain,early,planned,planned@80,offload,every-2,keep-1,none,products,products+offload"
     sizes = ["--shape", "tiny-llama", "--layers", "3", "--tokens", "48", "--vocab", "64", "--steps", "1"]
     options = ["--plans", plans, "--dtype", "fp32", "--device", "cpu", "--out", str(out)]
     assert checkpoint_sweep.main([*sizes, *options]) == 0

@@ -206,7 +206,7 @@ def test_no_products_are_stored_where_the_host_has_no_time(sizes):
 
 def test_a_compiled_layer_stores_no_products(monkeypatch):
     ours = PlannedCheckpoint(PatientHost(), OffloadCheckpoint())
-    monkeypatch.setattr(measurement_module, "_is_compiled", lambda module: isinstance(module, Layer))
+    monkeypatch.setattr(measurement_module, "is_compiled", lambda layer: isinstance(layer, Layer))
     wide_steps(ours._gauge, ours, 2)
     assert ours.costs.products == (0,) * DEPTH
 

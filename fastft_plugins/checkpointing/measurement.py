@@ -63,7 +63,7 @@ class Measurement:
             self._enter_backward(position)
             before = self._gauge.allocated()
             try:
-                if is_compiled:  # under a mode of ours, torch would not run what it has compiled
+                if has_compiled:  # under a mode of ours, torch would not run what it has compiled
                     return function(*inputs, **named)
                 with self._products.setdefault(position, CountProducts()):
                     return function(*inputs, **named)
@@ -71,7 +71,7 @@ class Measurement:
                 self._grown[position] = max(0, self._gauge.allocated() - before)
                 self._peaks[position] = self._gauge.peak()
 
-        is_compiled = any(_is_compiled(module) for module in layer.modules())
+        has_compiled = is_compiled(layer)
         begin, clock = self._gauge.mark(), time.perf_counter()
         outputs = self._checkpoint(watched, *args, use_reentrant=False, **kwargs)
         is_recompute = True
@@ -132,8 +132,12 @@ class Measurement:
         self._gauge.restart_peak()
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+def is_compiled(layer: nn.Module) -> bool:
+    """Whether `torch.compile` has been put on the layer or a part of it."""
+    return any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in layer.modules()
+    )
 
 
 def _autocast_copies(layer: nn.Module, device_type: str) -> int:

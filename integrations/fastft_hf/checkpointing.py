@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from fastft_hf.adapter_first import AdaptersFirst, has_adapters
 from fastft_plugins.errors import Declined, NothingToWin
 from fastft_plugins.run import Run
 
@@ -38,6 +39,7 @@ def _inject(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
         raise NothingToWin("activation checkpointing is not switched on")
     kept: Counter[str] = Counter()
     functions: dict[Any, Any] = {}  # one of ours for each of theirs
+    has_lora = has_adapters(run.model)
     for module in modules:
         stock = getattr(module, _FUNCTION)
         reason = _why_not(stock)
@@ -47,11 +49,13 @@ def _inject(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
         if stock not in functions:
             # Asked for offloading, transformers copies on the stream that computes; the one that replaces it does not.
             offload = {"offload": True} if _offloads(stock) else {}
-            functions[stock] = functools.partial(checkpoint_fn, **_keywords(stock), **offload)
+            function = functools.partial(checkpoint_fn, **_keywords(stock), **offload)
+            functions[stock] = AdaptersFirst(function) if has_lora else function
         run.ledger.setattr(module, _FUNCTION, functions[stock])
     if not functions:
         raise Declined("; ".join(kept))
     changes = [f"checkpoint function in {len(modules) - kept.total()} modules"]
+    changes += ["LoRA's last adapter of a layer runs before its base product"] if has_lora else []
     changes += [f"{count} modules keep theirs: {reason}" for reason, count in kept.items()]
     return "; ".join(changes)
 
