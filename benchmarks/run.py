@@ -20,8 +20,9 @@ from benchmarks.environment import SCHEMA as SCHEMA
 from benchmarks.environment import describe_command
 from benchmarks.measure import steps_of
 from benchmarks.settings import SMOKE, Settings
+from benchmarks.sft import HELP as SFT_HELP
 from benchmarks.shapes import SHAPES
-from benchmarks.stacks import STACKS
+from benchmarks.stacks import STACKS, find_stack
 from benchmarks.summary import ratios, render, summarise
 from benchmarks.worker import measure
 
@@ -29,9 +30,11 @@ START_UP_S = 120  # a process may take this long, beside its budget, to import a
 _EPILOG = """\
 stacks, the first one named being the reference of every ratio:
 {stacks}
+  {sft}
 
-example:
+examples:
   python -m benchmarks.run --shape llama-1b --stacks stock-padded,fastft-padded --out llama-1b.json
+  python -m benchmarks.run --shape qwen3-4b --stacks trl-flex-liger,trl-fastft-liger --steps 30 --out sft.json
 """
 
 
@@ -82,7 +85,7 @@ def run_process(stack: str, settings: Settings) -> dict[str, Any]:
         try:
             process = subprocess.run(
                 command,
-                env={**os.environ, **caches},
+                env={**os.environ, **caches, "HF_HUB_OFFLINE": "1"},  # there is nothing to ask the hub for
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -118,7 +121,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         prog="python -m benchmarks.run",
         description="Compare training stacks on this machine. Each stack runs in processes of its own, in turn "
         "(A B A B), with empty compiler caches and on the same documents of random tokens.",
-        epilog=_EPILOG.format(stacks="\n".join(f"  {name:<16} {stack.__doc__}" for name, stack in STACKS.items())),
+        epilog=_EPILOG.format(
+            stacks="\n".join(f"  {name:<24} {stack.__doc__}" for name, stack in STACKS.items()),
+            sft=SFT_HELP.replace("\n", "\n  "),
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = Settings()
@@ -140,6 +146,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     add("--device", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
     add("--seed", type=int, metavar="N", help="of documents and weights (0)")
     add("--budget", type=float, metavar="SECONDS", help=f"of a process, then it stops ({default.budget:.0f})")
+    add("--cap", type=float, metavar="GB", help="let a process use no more GPU memory than this")
     add("--out", type=Path, metavar="FILE", help="the result (benchmark.json; with --smoke in a temporary folder)")
     add("--one-process", action="store_true", help="take turns on one model in this process: for small differences")
     add("--smoke", action="store_true", help="a tiny model on the CPU, a few steps: does the harness work?")
@@ -148,6 +155,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         parser.error("--warmup is at least 1: the first step compiles and allocates")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA GPU here")
+    if options.cap is not None and not torch.cuda.is_available():
+        parser.error("--cap limits a GPU's memory, and torch finds no CUDA GPU here")
     if options.out is not None and (problem := _problem_of(options.out)):
         parser.error(f"--out {options.out}: {problem}")
     return options, settings_from(options)
@@ -182,8 +191,12 @@ def _lengths(text: str) -> str:
 
 def _stacks(text: str) -> list[str]:
     names = text.split(",")
-    if unknown := [name for name in names if name not in STACKS]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)} (there are: {', '.join(STACKS)})")
+    for name in names:
+        try:
+            find_stack(name)
+        except ValueError:
+            known = f"{', '.join(STACKS)}, and trl-… as --help says"
+            raise argparse.ArgumentTypeError(f"unknown: {name} (there are: {known})") from None
     return names
 
 

@@ -24,6 +24,7 @@ class Settings:
     split_steps: int = 3  # extra steps that time forward and backward apart
     seed: int = 0
     budget: float = 300.0  # seconds one process may take
+    cap: float | None = None  # GB of GPU memory that a process may use; None: all there is
 
     @property
     def total_steps(self) -> int:

@@ -29,16 +29,17 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each stack against the first one, repeat by repeat: neighbours in time share the machine's mood."""
+def ratios(runs: list[dict[str, Any]], reference: str | None = None) -> list[dict[str, Any]]:
+    """Each stack against one, by default the first, repeat by repeat: neighbours in time share the machine's mood."""
     stacks = list(dict.fromkeys(run["stack"] for run in runs))
+    reference = reference or stacks[0]
     good = {(run["stack"], run["repeat"]): run for run in runs if run["status"] == "ok"}
     rows = []
-    for stack in stacks[1:]:
-        pairs = [(run, good[stacks[0], repeat]) for (name, repeat), run in good.items()
-                 if name == stack and (stacks[0], repeat) in good]  # fmt: skip
-        if pairs:
-            rows.append({"stack": stack, "against": stacks[0], **_compare(pairs)})
+    for stack in stacks:
+        pairs = [(run, good[reference, repeat]) for (name, repeat), run in good.items()
+                 if name == stack and (reference, repeat) in good]  # fmt: skip
+        if pairs and stack != reference:
+            rows.append({"stack": stack, "against": reference, **_compare(pairs)})
     return rows
 
 
@@ -92,7 +93,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 _LABELS = {"tokens_per_s": "tokens/s", "forward_s": "forward", "backward_s": "backward"}
-_ROW = "{:<16} {:>9} {:>24} {:>9} {:>9} {:>11} {:>8} {:>8}"
+_ROW = "{:<28} {:>9} {:>24} {:>9} {:>9} {:>11} {:>8} {:>8}"
 
 
 def _compare(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:

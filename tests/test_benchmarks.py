@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from benchmarks import table
 from benchmarks.documents import TOLERANCE, describe, make_steps, parse_lengths
 from benchmarks.environment import git_commit
 from benchmarks.settings import SMOKE, Settings
+from benchmarks.sft import SftStack
 from benchmarks.shapes import SHAPES, build_model
 from benchmarks.summary import pairs_text, ratios, render, spread, summarise
 from benchmarks.table import markdown
@@ -82,6 +85,60 @@ def test_smoke_run_of_the_forward_and_backward_stacks(tmp_path: Path) -> None:
     assert once["loss"] == pytest.approx(rebuilt["loss"], rel=1e-5)
 
 
+@pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL")
+def test_smoke_run_of_the_sft_stacks(tmp_path: Path) -> None:
+    stacks = "trl-sdpa,trl-fastft,trl-sdpa-every-2"
+    options = ("--checkpointing", "on", "--repeats", "1", "--out", str(tmp_path / "result.json"))
+    stock, fastft, every = benchmark("--stacks", stacks, *options)["runs"]
+    assert len(stock["packed"]["tokens_per_step"]) == Settings(**SMOKE).total_steps
+    assert max(stock["packed"]["tokens_per_step"]) > 0.9 * SMOKE["tokens"]
+    assert stock["packed"] == fastft["packed"] == every["packed"]
+    assert fastft["loss"] == pytest.approx(stock["loss"], rel=1e-5)
+    assert every["loss"] == pytest.approx(stock["loss"], rel=1e-5)
+    features = fastft["report"]["features"]
+    assert features["packing"]["enabled"] and not features["checkpointing"]["enabled"]
+    assert stock["report"] is None
+
+
+@pytest.mark.skipif(find_spec("lightning") is None, reason="needs Lightning")
+@pytest.mark.skipif(
+    not entry_points(group="lightning.pytorch.callbacks_factory", name="fastft"),
+    reason="needs an installed fastft-plugins, through whose entry points the plugin works",
+)
+def test_smoke_run_of_the_lightning_stacks(tmp_path: Path) -> None:
+    options = ("--accumulate", "2", "--repeats", "1", "--out", str(tmp_path / "result.json"))
+    stock, fastft = benchmark("--stacks", "lightning-padded,lightning-fastft-padded", *options)["runs"]
+    assert len(stock["loss"]) == Settings(**SMOKE).total_steps
+    assert fastft["loss"] == pytest.approx(stock["loss"], rel=1e-5)
+    assert fastft["report"]["features"]["packing"]["enabled"], fastft["report"]
+    assert len(fastft["forward_s"]) == len(fastft["backward_s"]) == SMOKE["split_steps"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [
+        ("trl-sdpa", SftStack(flex=False, fastft=None, liger=False, checkpointing=True)),
+        ("trl-flex-liger-every-3", SftStack(flex=True, fastft=None, liger=True, checkpointing=True, every_n_layers=3)),
+        (
+            "trl-fastft-nocheckpoint",
+            SftStack(flex=False, fastft={"packing": "on", "checkpointing": "off"}, liger=False, checkpointing=False),
+        ),
+        (
+            "trl-fastft-planned-liger",
+            SftStack(flex=False, fastft={"packing": "on", "checkpointing": "on"}, liger=True, checkpointing=True),
+        ),
+    ],
+)
+def test_the_names_of_the_sft_stacks(name: str, stack: SftStack) -> None:
+    assert SftStack.from_name(name) == stack
+
+
+@pytest.mark.parametrize("name", ["trl", "trl-eager", "trl-flex-planned", "trl-sdpa-every-0", "trl-sdpa-every-2-liger"])
+def test_a_name_that_is_no_sft_stack(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        SftStack.from_name(name)
+
+
 def test_a_failing_stack_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_fails(stack: str, settings: Settings) -> dict[str, Any]:
         if stack == "stock-packed":
@@ -125,6 +182,8 @@ def test_ratios_compare_repeat_by_repeat() -> None:
     }
     assert "b against a: tokens/s 2.50× (2.00 3.00)" in render(result)
     assert "**2.50×** (2.00, 3.00)" in markdown({"file": result})
+    (turned,) = ratios(runs, reference="b")
+    assert turned["stack"] == "a" and turned["step_s"]["median"] == pytest.approx((1 / 2 + 1 / 3) / 2)
 
 
 def test_many_pairs_are_shown_as_a_range() -> None:
@@ -277,7 +336,14 @@ def test_a_file_that_cannot_be_written_ends_the_run_at_once() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--stacks", "nothing"], ["--shape", "nothing"], ["--warmup", "0"], ["--lengths", "foo"], ["--device", "cuda"]],
+    [
+        ["--stacks", "nothing"],
+        ["--shape", "nothing"],
+        ["--warmup", "0"],
+        ["--lengths", "foo"],
+        ["--device", "cuda"],
+        ["--cap", "24"],
+    ],
 )
 def test_bad_options_end_with_a_message(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
