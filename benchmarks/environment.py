@@ -16,7 +16,7 @@ import torch
 SCHEMA = 1
 PACKAGES = (
     "fastft-plugins", "torch", "triton", "transformers", "accelerate", "peft", "trl", "datasets", "lightning",
-    "liger-kernel",
+    "liger-kernel", "bitsandbytes", "unsloth",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ from benchmarks.environment import SCHEMA as SCHEMA
 from benchmarks.environment import describe_command
 from benchmarks.measure import steps_of
 from benchmarks.settings import SMOKE, Settings
-from benchmarks.sft import HELP as SFT_HELP
+from benchmarks.sft_names import HELP as SFT_HELP
+from benchmarks.sft_names import is_unsloth
 from benchmarks.shapes import SHAPES
 from benchmarks.stacks import STACKS, find_stack
 from benchmarks.summary import ratios, render, summarise
+from benchmarks.weights import saved_weights
 from benchmarks.worker import measure
 
+_QUIET = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}  # there is nothing to ask or to tell anybody
 START_UP_S = 120  # a process may take this long, beside its budget, to import and to end
 _EPILOG = """\
 stacks, the first one named being the reference of every ratio:
@@ -49,17 +54,19 @@ def main(arguments: list[str] | None = None) -> int:
         "environment": None,
         "runs": [],
     }
-    for repeat in range(options.repeats):
-        for stack in options.stacks:
-            print(f"{stack}, repeat {repeat + 1} of {options.repeats} …", file=sys.stderr, flush=True)
-            outcome = run_here(stack, settings) if options.one_process else run_process(stack, settings)
-            result["environment"] = result["environment"] or outcome.pop("environment", None)
-            outcome.pop("environment", None)
-            result["runs"].append({"stack": stack, "repeat": repeat, **outcome})
-            result["summary"] = summarise(result["runs"])
-            result["ratios"] = ratios(result["runs"])
-            # Written after every process: what was measured survives an interrupted comparison.
-            out.write_text(json.dumps(result, indent=1) + "\n")
+    loads = settings.quantize is not None or any(map(is_unsloth, options.stacks))
+    with saved_weights(settings) if loads else contextlib.nullcontext(settings) as given:
+        for repeat in range(options.repeats):
+            for stack in options.stacks:
+                print(f"{stack}, repeat {repeat + 1} of {options.repeats} …", file=sys.stderr, flush=True)
+                outcome = run_here(stack, given) if options.one_process else run_process(stack, given)
+                result["environment"] = result["environment"] or outcome.pop("environment", None)
+                outcome.pop("environment", None)
+                result["runs"].append({"stack": stack, "repeat": repeat, **outcome})
+                result["summary"] = summarise(result["runs"])
+                result["ratios"] = ratios(result["runs"])
+                # Written after every process: what was measured survives an interrupted comparison.
+                out.write_text(json.dumps(result, indent=1) + "\n")
     print(render(result))
     print(f"\nwritten to {out}")
     return 0 if all(run["status"] == "ok" for run in result["runs"]) else 1
@@ -81,11 +88,13 @@ def run_process(stack: str, settings: Settings) -> dict[str, Any]:
         settings_file, result_file = Path(directory, "settings.json"), Path(directory, "result.json")
         settings_file.write_text(json.dumps(dataclasses.asdict(settings)))
         caches = {name: str(Path(directory, name)) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-        command = [sys.executable, "-m", "benchmarks.worker", stack, str(settings_file), str(result_file)]
+        worker = "benchmarks.unsloth_worker" if is_unsloth(stack) else "benchmarks.worker"
+        command = [sys.executable, "-m", worker, stack, str(settings_file), str(result_file)]
         try:
             process = subprocess.run(
                 command,
-                env={**os.environ, **caches, "HF_HUB_OFFLINE": "1"},  # there is nothing to ask the hub for
+                cwd=directory,  # some write their caches to where they are
+                env={**os.environ, **caches, **_QUIET, "PYTHONPATH": python_path()},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -100,6 +109,11 @@ def run_process(stack: str, settings: Settings) -> dict[str, Any]:
     if not outcome["step_s"]:
         return {"status": "over budget", "error": f"no timed step within {settings.budget:.0f} s"}
     return {"status": "ok", "error": None, **outcome}
+
+
+def python_path() -> str:
+    """Where this process finds its modules, for one that starts in another folder."""
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
 
 
 def output_file(options: argparse.Namespace) -> Path:
@@ -141,6 +155,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     add("--lengths", type=_lengths, metavar="NAME", help=f"loguniform-A-B, uniform-A-B or fixed-N ({default.lengths})")
     add("--accumulate", type=int, metavar="N", help="split a step into N batches (1)")
     add("--trainable", choices=["lora", "full"], help=f"LoRA r=16 on all linears, or all weights ({default.trainable})")
+    add("--quantize", choices=["nf4"], help="train LoRA on 4-bit weights of bitsandbytes, as QLoRA does")
     add("--checkpointing", choices=["on", "off"], help="activation checkpointing (on)")
     add("--dtype", choices=["bf16", "fp16", "fp32"], help=f"of the weights ({default.dtype})")
     add("--device", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
@@ -155,11 +170,16 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         parser.error("--warmup is at least 1: the first step compiles and allocates")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA GPU here")
+    if options.quantize is not None and find_spec("bitsandbytes") is None:
+        parser.error(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
     if options.cap is not None and not torch.cuda.is_available():
         parser.error("--cap limits a GPU's memory, and torch finds no CUDA GPU here")
     if options.out is not None and (problem := _problem_of(options.out)):
         parser.error(f"--out {options.out}: {problem}")
-    return options, settings_from(options)
+    settings = settings_from(options)
+    if settings.quantize is not None and settings.trainable != "lora":
+        parser.error(f"--quantize {settings.quantize} trains adapters on frozen weights: --trainable lora")
+    return options, settings
 
 
 def _problem_of(file: Path) -> str | None:
@@ -174,7 +194,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
     given = {
         field.name: value
         for field in dataclasses.fields(Settings)
-        if (value := getattr(options, field.name)) is not None
+        if (value := getattr(options, field.name, None)) is not None
     }
     if "checkpointing" in given:
         given["checkpointing"] = given["checkpointing"] == "on"

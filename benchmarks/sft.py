@@ -1,80 +1,39 @@
-"""Measure TRL's stock SFTTrainer on rows that it packs itself (bfd): its stacks, by name, and one process of one."""
+"""Measure TRL's stock SFTTrainer on rows that it packs itself (bfd), in this process."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
+import sys
 import tempfile
-from dataclasses import dataclass
 from typing import Any
 
+import torch
+import trl
+
+import fastft_trl
 from benchmarks.documents import Document
-from benchmarks.measure import (
-    Clock,
-    common_arguments,
-    logged_losses,
-    settle_garbage,
-    steps_of,
-    time_parts,
-)
+from benchmarks.measure import Clock, common_arguments, logged_losses, settle_garbage, steps_of, time_parts
 from benchmarks.recorder import Recorder
 from benchmarks.settings import Settings
-from benchmarks.shapes import build_model
+from benchmarks.sft_names import SftStack
+from benchmarks.shapes import LORA, build_model
 from benchmarks.tokenizer import make_tokenizer
 
 ROWS = 2  # packed rows of a batch, which share its tokens
 
-HELP = """\
-trl-ATTENTION[-liger][-nocheckpoint | -every-N]: SFTTrainer, packing with bfd into 2 rows of half the tokens each
-    sdpa, flex       stock, with sdpa, as a plain install has it, or flex_attention
-    fastft           the same trainer with SFTConfig(fastft=True), sdpa; checkpointing stays torch's own
-    fastft-planned   and checkpointing="on": fastft decides which layers to keep
-    -liger           use_liger_kernel=True, in stock stacks and ours alike
-    -nocheckpoint    activation checkpointing off;  -every-N: every N-th layer only (every_n_layers)"""
-
-_NAME = re.compile(
-    r"trl-(?P<attention>sdpa|flex|fastft(?P<planned>-planned)?)(?P<liger>-liger)?"
-    r"(?:-(?P<off>nocheckpoint)|-every-(?P<every>[1-9]\d*))?"
-)
-
-
-@dataclass(frozen=True)
-class SftStack:
-    """One way to train: what `HELP` says, taken apart."""
-
-    flex: bool
-    fastft: dict[str, str] | None  # the config's fastft_config, where fastft is on
-    liger: bool
-    checkpointing: bool
-    every_n_layers: int = 1
-
-    @classmethod
-    def from_name(cls, name: str) -> SftStack:
-        """Raises ValueError for a name that is none of these stacks."""
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise ValueError(f"{name!r} is not a stack of SFTTrainer")
-        fastft = None
-        if match["attention"].startswith("fastft"):
-            # "on", so that a run that cannot do what its name says fails instead of measuring something else.
-            fastft = {"packing": "on", "checkpointing": "on" if match["planned"] else "off"}
-        return cls(
-            flex=match["attention"] == "flex",
-            fastft=fastft,
-            liger=match["liger"] is not None,
-            checkpointing=match["off"] is None,
-            every_n_layers=int(match["every"] or 1),
-        )
+_FASTFT = {
+    # "on", so that a run that cannot do what its name says fails instead of measuring something else.
+    "fastft": {"packing": "on", "checkpointing": "off"},
+    "fastft-planned": {"packing": "on", "checkpointing": "on"},
+}
 
 
 def measure_sft(settings: Settings, stack: SftStack) -> dict[str, Any]:
-    from trl import SFTTrainer
-
     recorder = Recorder(settings)
     with tempfile.TemporaryDirectory() as directory:
-        trainer = SFTTrainer(
-            model=build_model(settings, "flex_attention" if stack.flex else None),
+        trainer = trl.SFTTrainer(
+            model=make_model(settings, stack),
             args=make_config(settings, stack, directory),
             train_dataset=make_dataset(settings),
             processing_class=make_tokenizer(),
@@ -88,24 +47,28 @@ def measure_sft(settings: Settings, stack: SftStack) -> dict[str, Any]:
     return {**recorder.result(tokens, logged_losses(trainer), _report(trainer, stack)), "packed": packed}
 
 
+def make_model(settings: Settings, stack: SftStack) -> torch.nn.Module:
+    if stack.kind == "unsloth":
+        return _unsloth_model(settings, stack)
+    return build_model(settings, "flex_attention" if stack.kind == "flex" else None)
+
+
 def make_config(settings: Settings, stack: SftStack, directory: str) -> Any:
-    import trl
-
-    import fastft_trl
-
     options = common_arguments(settings, directory, stack.liger) | {
         "per_device_train_batch_size": ROWS,
         "max_length": settings.tokens // settings.accumulate // ROWS,
         "packing": True,
         "packing_strategy": "bfd",
         "shuffle_dataset": True,  # bfd packs the longest documents first; in every stack the rows come in one order
-        "gradient_checkpointing": settings.checkpointing and stack.checkpointing,
     }
+    checkpointing = settings.checkpointing and stack.checkpointing
+    if not (checkpointing and stack.kind == "unsloth"):  # its model comes with its own
+        options["gradient_checkpointing"] = checkpointing
     if stack.every_n_layers > 1:
         options["gradient_checkpointing_kwargs"] = {"every_n_layers": stack.every_n_layers}
-    if stack.fastft is None:
-        return trl.SFTConfig(**options)
-    return fastft_trl.SFTConfig(**options, fastft=True, fastft_config=stack.fastft)
+    if stack.kind in _FASTFT:
+        return fastft_trl.SFTConfig(**options, fastft=True, fastft_config=_FASTFT[stack.kind])
+    return trl.SFTConfig(**options)
 
 
 def make_dataset(settings: Settings) -> Any:
@@ -134,9 +97,30 @@ def packed_steps(rows: Any, settings: Settings) -> tuple[list[int], dict[str, An
 
 
 def _report(trainer: Any, stack: SftStack) -> dict[str, Any] | None:
-    if stack.fastft is None:
+    if stack.kind not in _FASTFT:
         return None
-    from fastft_trl import report_of
-
-    report: dict[str, Any] = report_of(trainer).to_dict()
+    report: dict[str, Any] = fastft_trl.report_of(trainer).to_dict()
     return report
+
+
+def _unsloth_model(settings: Settings, stack: SftStack) -> torch.nn.Module:
+    if "unsloth" not in sys.modules:
+        raise RuntimeError("Unsloth must be imported before transformers: it has no turn in --one-process")
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        settings.weights,
+        max_seq_length=settings.tokens // settings.accumulate // ROWS,
+        dtype=settings.torch_dtype(),
+        load_in_4bit=settings.quantize == "nf4",
+    )
+    adapted: torch.nn.Module = FastLanguageModel.get_peft_model(
+        model,
+        r=LORA["r"],
+        lora_alpha=LORA["lora_alpha"],
+        lora_dropout=LORA["lora_dropout"],
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        use_gradient_checkpointing="unsloth" if settings.checkpointing and stack.checkpointing else False,
+        random_state=settings.seed,
+    )
+    return adapted

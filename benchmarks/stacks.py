@@ -1,6 +1,6 @@
 """The stacks that can be compared. To add one, write a function here that returns what `measure_*` returns.
 
-Those of TRL's SFTTrainer differ in a few parts that combine, and have their names from these: see `benchmarks.sft`.
+Those of TRL's SFTTrainer are combinations of a few parts and have their names from these: see `benchmarks.sft_names`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import DataCollatorWithFlattening
 
 from benchmarks.measure import measure_model, measure_trainer
 from benchmarks.settings import Settings
-from benchmarks.sft import SftStack, measure_sft
+from benchmarks.sft_names import SftStack
 from benchmarks.shapes import build_model, enable_checkpointing
 from benchmarks.tokenizer import padding_collator
 
@@ -39,7 +39,14 @@ def find_stack(name: str) -> Stack:
     """
     if name in STACKS:
         return STACKS[name]
-    return functools.partial(measure_sft, stack=SftStack.from_name(name))
+    sft_stack = SftStack.from_name(name)
+
+    def measure(settings: Settings) -> dict[str, Any]:
+        from benchmarks.sft import measure_sft
+
+        return measure_sft(settings, sft_stack)
+
+    return measure
 
 
 @stack("stock-padded")

@@ -64,13 +64,20 @@ def values_of(run: dict[str, Any], metric: str) -> list[float]:
     return [] if value is None else [value]
 
 
+def training_text(settings: dict[str, Any]) -> str:
+    """What is trained and how; a result of before an option was there lacks it."""
+    base = f" on {settings['quantize']}" if settings.get("quantize") else ""
+    cap = f", in {settings['cap']:g} GB" if settings.get("cap") else ""
+    checkpointing = "on" if settings["checkpointing"] else "off"
+    return f"{settings['trainable']}{base}, {settings['dtype']}, checkpointing {checkpointing}{cap}"
+
+
 def render(result: dict[str, Any]) -> str:
     """The table that `benchmarks.run` prints."""
     settings, documents = result["settings"], result["documents"]
     gpu = (result["environment"] or {}).get("gpu") or "CPU"
     lines = [
-        f"{settings['shape']} · {settings['trainable']} · {settings['dtype']} · checkpointing "
-        f"{'on' if settings['checkpointing'] else 'off'} · {documents['per_step']} documents a step "
+        f"{settings['shape']} · {training_text(settings)} · {documents['per_step']} documents a step "
         f"({settings['lengths']}, {documents['padding_share']:.0%} of a padded batch is padding) · {gpu}",
         "",
         _ROW.format("stack", "tokens/s", "step ms (p20–p80)", "forward", "backward", "first step", "peak GB", "loss"),

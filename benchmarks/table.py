@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.summary import pairs_text, ratios
+from benchmarks.summary import pairs_text, ratios, training_text
 
 RESULTS = Path(__file__).parent / "results"
 _HEADER = (
@@ -84,15 +84,13 @@ def _machine(environment: dict[str, Any] | None) -> str:
 
 def _row(name: str, result: dict[str, Any], stack: str, numbers: dict[str, Any]) -> str:
     settings, peak = result["settings"], numbers["peak_memory_bytes"]
-    checkpointing = "on" if settings["checkpointing"] else "off"
-    training = f"{settings['trainable']}, {settings['dtype']}, checkpointing {checkpointing}"
     ratio = next((row for row in result["ratios"] if row["stack"] == stack), None)
     speed = ratio and ratio["tokens_per_s"]
     model = settings["shape"] + (f" ({settings['layers']} layers)" if settings["layers"] else "")
     cells = [
         name,
         model,
-        f"{training}, {settings['tokens']} tokens of {settings['lengths']}",
+        f"{training_text(settings)}, {settings['tokens']} tokens of {settings['lengths']}",
         stack,
         f"{numbers['tokens_per_s']['p50']:,.0f}",
         _milliseconds(numbers["step_s"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
@@ -23,11 +24,11 @@ pytest.importorskip("transformers", reason="the benchmarks train with transforme
 from simulated_device import SimulatedDevice
 
 from benchmarks import run as cli
-from benchmarks import table
+from benchmarks import table, weights
 from benchmarks.documents import TOLERANCE, describe, make_steps, parse_lengths
 from benchmarks.environment import git_commit
 from benchmarks.settings import SMOKE, Settings
-from benchmarks.sft import SftStack
+from benchmarks.sft_names import SftStack
 from benchmarks.shapes import SHAPES, build_model
 from benchmarks.summary import pairs_text, ratios, render, spread, summarise
 from benchmarks.table import markdown
@@ -117,23 +118,20 @@ def test_smoke_run_of_the_lightning_stacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "stack"),
     [
-        ("trl-sdpa", SftStack(flex=False, fastft=None, liger=False, checkpointing=True)),
-        ("trl-flex-liger-every-3", SftStack(flex=True, fastft=None, liger=True, checkpointing=True, every_n_layers=3)),
-        (
-            "trl-fastft-nocheckpoint",
-            SftStack(flex=False, fastft={"packing": "on", "checkpointing": "off"}, liger=False, checkpointing=False),
-        ),
-        (
-            "trl-fastft-planned-liger",
-            SftStack(flex=False, fastft={"packing": "on", "checkpointing": "on"}, liger=True, checkpointing=True),
-        ),
+        ("trl-sdpa", SftStack("sdpa")),
+        ("trl-flex-liger-every-3", SftStack("flex", liger=True, every_n_layers=3)),
+        ("trl-fastft-nocheckpoint", SftStack("fastft", checkpointing=False)),
+        ("trl-fastft-planned-liger", SftStack("fastft-planned", liger=True)),
+        ("trl-unsloth-nocheckpoint", SftStack("unsloth", checkpointing=False)),
     ],
 )
 def test_the_names_of_the_sft_stacks(name: str, stack: SftStack) -> None:
     assert SftStack.from_name(name) == stack
 
 
-@pytest.mark.parametrize("name", ["trl", "trl-eager", "trl-flex-planned", "trl-sdpa-every-0", "trl-sdpa-every-2-liger"])
+@pytest.mark.parametrize(
+    "name", ["trl", "trl-eager", "trl-flex-planned", "trl-sdpa-every-0", "trl-sdpa-every-2-liger", "trl-unsloth-liger"]
+)
 def test_a_name_that_is_no_sft_stack(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         SftStack.from_name(name)
@@ -294,6 +292,26 @@ def test_models_are_the_same_in_every_process_and_take_a_number_of_layers(shape:
         assert ours.equal(theirs)
 
 
+def test_saved_weights_are_those_of_the_model_made_here(tmp_path: Path) -> None:
+    settings = Settings(**{**SMOKE, "shape": "tiny-qwen3"})
+    weights.save(settings, str(tmp_path))
+    loaded = build_model(dataclasses.replace(settings, weights=str(tmp_path)))
+    for ours, theirs in zip(loaded.parameters(), build_model(settings).parameters(), strict=True):
+        assert ours.equal(theirs)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_weights_in_4_bits_are_loaded_as_such(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    settings = Settings(**{**SMOKE, "trainable": "lora", "dtype": "bf16", "quantize": "nf4"})
+    weights.save(settings, str(tmp_path))
+    loaded: Any = build_model(dataclasses.replace(settings, weights=str(tmp_path)))
+    trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert loaded.is_loaded_in_4bit and trained and all("lora_" in name for name in trained)
+    quantised = [name for name, parameter in loaded.named_parameters() if parameter.dtype == torch.uint8]
+    assert len(quantised) == 2 * 7 and not any("lm_head" in name for name in quantised)
+
+
 def test_lora_trains_adapters_on_every_linear_in_the_dtype_of_the_weights() -> None:
     pytest.importorskip("peft", reason="LoRA needs peft")
     model = build_model(Settings(**{**SMOKE, "trainable": "lora", "dtype": "bf16"}))
@@ -343,12 +361,14 @@ def test_a_file_that_cannot_be_written_ends_the_run_at_once() -> None:
         ["--lengths", "foo"],
         ["--device", "cuda"],
         ["--cap", "24"],
+        ["--quantize", "nf4"],
     ],
 )
 def test_bad_options_end_with_a_message(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         cli.parse(arguments)
     assert arguments[0] in capsys.readouterr().err
