@@ -49,17 +49,21 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {
         **describe_command("run", arguments),
         "one_process": options.one_process,
+        "shared_caches": options.shared_caches,
         "settings": dataclasses.asdict(settings),
         "documents": describe(steps_of(settings)),
         "environment": None,
         "runs": [],
     }
     loads = settings.quantize is not None or any(map(is_unsloth, options.stacks))
-    with saved_weights(settings) if loads else contextlib.nullcontext(settings) as given:
+    with (
+        saved_weights(settings) if loads else contextlib.nullcontext(settings) as given,
+        tempfile.TemporaryDirectory() if options.shared_caches else contextlib.nullcontext() as caches,
+    ):
         for repeat in range(options.repeats):
             for stack in options.stacks:
                 print(f"{stack}, repeat {repeat + 1} of {options.repeats} …", file=sys.stderr, flush=True)
-                outcome = run_here(stack, given) if options.one_process else run_process(stack, given)
+                outcome = run_here(stack, given) if options.one_process else run_process(stack, given, caches)
                 result["environment"] = result["environment"] or outcome.pop("environment", None)
                 outcome.pop("environment", None)
                 result["runs"].append({"stack": stack, "repeat": repeat, **outcome})
@@ -82,12 +86,17 @@ def run_here(stack: str, settings: Settings) -> dict[str, Any]:
     return {"status": "ok", "error": None, **measure(stack, settings)}
 
 
-def run_process(stack: str, settings: Settings) -> dict[str, Any]:
-    """Measure one stack in a fresh process with empty compiler caches; a failure becomes part of the result."""
+def run_process(stack: str, settings: Settings, shared: str | None = None) -> dict[str, Any]:
+    """Measure one stack in a fresh process; a failure becomes part of the result.
+
+    Its compiler caches are empty at first, unless ``shared`` is a folder where other processes have theirs.
+    """
     with tempfile.TemporaryDirectory() as directory:
         settings_file, result_file = Path(directory, "settings.json"), Path(directory, "result.json")
         settings_file.write_text(json.dumps(dataclasses.asdict(settings)))
-        caches = {name: str(Path(directory, name)) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        caches = {
+            name: str(Path(shared or directory, name)) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        }
         worker = "benchmarks.unsloth_worker" if is_unsloth(stack) else "benchmarks.worker"
         command = [sys.executable, "-m", worker, stack, str(settings_file), str(result_file)]
         try:
@@ -164,6 +173,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     add("--cap", type=float, metavar="GB", help="let a process use no more GPU memory than this")
     add("--out", type=Path, metavar="FILE", help="the result (benchmark.json; with --smoke in a temporary folder)")
     add("--one-process", action="store_true", help="take turns on one model in this process: for small differences")
+    add("--shared-caches", action="store_true", help="one compiler cache for all: faster, but first steps mean nothing")
     add("--smoke", action="store_true", help="a tiny model on the CPU, a few steps: does the harness work?")
     options = parser.parse_args(arguments)
     if options.warmup is not None and options.warmup < 1:

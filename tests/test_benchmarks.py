@@ -57,8 +57,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_smoke_run_records_everything_a_reader_needs(result: dict[str, Any]) -> None:
     assert set(result) == {
-        "schema", "date", "commit", "command", "one_process", "settings", "documents", "environment", "runs", "summary",
-        "ratios",
+        "schema", "date", "commit", "command", "one_process", "shared_caches", "settings", "documents", "environment",
+        "runs", "summary", "ratios",
     }  # fmt: skip
     assert result["schema"] == cli.SCHEMA
     assert result["settings"]["shape"] == "tiny-llama"
@@ -107,7 +107,7 @@ def test_smoke_run_of_the_sft_stacks(tmp_path: Path) -> None:
     reason="needs an installed fastft-plugins, through whose entry points the plugin works",
 )
 def test_smoke_run_of_the_lightning_stacks(tmp_path: Path) -> None:
-    options = ("--accumulate", "2", "--repeats", "1", "--out", str(tmp_path / "result.json"))
+    options = ("--accumulate", "2", "--shared-caches", "--repeats", "1", "--out", str(tmp_path / "result.json"))
     stock, fastft = benchmark("--stacks", "lightning-padded,lightning-fastft-padded", *options)["runs"]
     assert len(stock["loss"]) == Settings(**SMOKE).total_steps
     assert fastft["loss"] == pytest.approx(stock["loss"], rel=1e-5)
@@ -138,7 +138,7 @@ def test_a_name_that_is_no_sft_stack(name: str) -> None:
 
 
 def test_a_failing_stack_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_fails(stack: str, settings: Settings) -> dict[str, Any]:
+    def one_fails(stack: str, settings: Settings, shared: str | None) -> dict[str, Any]:
         if stack == "stock-packed":
             return {"status": "failed", "error": "out of memory"}
         return {"environment": {"gpu": None, "packages": {}}, **_ok(seconds=[1.0, 1.0])}
