@@ -1,4 +1,4 @@
-"""A tokenizer that knows one token, for what asks for a tokenizer and only uses its padding token."""
+"""A tokenizer of three tokens, for what asks for a tokenizer and only uses its padding token."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
-_PAD = "<pad>"
+# Of different kinds: one that pads with the end of a text counts as misconfigured with some.
+_PAD, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(WordLevel({_PAD: 0}, unk_token=_PAD))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=_PAD, eos_token=_PAD)
+    backend = Tokenizer(WordLevel({_PAD: 0, _END: 1, _UNKNOWN: 2}, unk_token=_UNKNOWN))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=_PAD, eos_token=_END, unk_token=_UNKNOWN)
 
 
 def padding_collator() -> Callable[..., dict[str, Any]]:
