@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 SCHEMA = 1
-PACKAGES = ("fastft-plugins", "torch", "triton", "transformers", "accelerate", "peft", "trl", "liger-kernel")
+PACKAGES = (
+    "fastft-plugins", "torch", "triton", "transformers", "accelerate", "peft", "trl", "datasets", "lightning",
+    "liger-kernel", "bitsandbytes", "unsloth",
+)  # fmt: skip
 
 
 def describe_command(module: str, arguments: list[str] | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from benchmarks.settings import Settings
 from benchmarks.shapes import build_model, checkpointing_argument, vocab_size
 
 Batch = dict[str, Any]
+LEARNING_RATE = 1e-4
 
 
 def steps_of(settings: Settings) -> list[list[Document]]:
@@ -56,15 +57,14 @@ def measure_trainer(
             args=_training_arguments(settings, directory, len(steps[0]), liger),
             train_dataset=features_of(document for step in steps for document in step),
             data_collator=collator,
-            callbacks=[_Clock(recorder), *callbacks],
+            callbacks=[Clock(recorder), *callbacks],
         )
-        _time_parts(trainer, recorder)
-        _settle_garbage()
+        time_parts(trainer, recorder)
+        settle_garbage()
         recorder.start()
         trainer.train()
     reports = [callback.report.to_dict() for callback in callbacks if getattr(callback, "report", None)]
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return recorder.result(_real_tokens(steps), losses, reports[0] if reports else None)
+    return recorder.result(real_tokens(steps), logged_losses(trainer), reports[0] if reports else None)
 
 
 def measure_model(
@@ -76,7 +76,7 @@ def measure_model(
     steps = steps_of(settings)
     device = settings.torch_device()
     recorder = Recorder(settings)
-    _settle_garbage()
+    settle_garbage()
     losses = []
     for documents in steps:
         batch = {
@@ -93,10 +93,10 @@ def measure_model(
         losses.append(loss.item())
         if recorder.over_budget:
             break
-    return recorder.result(_real_tokens(steps), losses, report=None)
+    return recorder.result(real_tokens(steps), losses, report=None)
 
 
-class _Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]  # untyped base
+class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]  # untyped base
     """Tells the recorder where steps end, and stops the training when the process has used up its time."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -111,30 +111,34 @@ class _Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]  # untyped b
         return control
 
 
-def _training_arguments(settings: Settings, directory: str, documents: int, liger: bool) -> TrainingArguments:
-    options: dict[str, Any] = {
+def common_arguments(settings: Settings, directory: str, liger: bool) -> dict[str, Any]:
+    """What every Trainer of a comparison is given, transformers' or one made from it."""
+    return {
         "output_dir": directory,
         "max_steps": settings.total_steps,
-        "per_device_train_batch_size": documents // settings.accumulate,
         "gradient_accumulation_steps": settings.accumulate,
         "train_sampling_strategy": "sequential",  # step i of every stack trains on the same documents
-        "learning_rate": 1e-4,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "bf16": settings.dtype == "bf16",
         "fp16": settings.dtype == "fp16",
         "use_liger_kernel": liger,
         "use_cpu": settings.torch_device().type == "cpu",
-        checkpointing_argument(): settings.checkpointing,
         "logging_steps": 1,  # the loss of every step
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         "seed": settings.seed,
     }
-    return TrainingArguments(**options)
 
 
-def _time_parts(trainer: Trainer, recorder: Recorder) -> None:
+def _training_arguments(settings: Settings, directory: str, documents: int, liger: bool) -> TrainingArguments:
+    batch = {"per_device_train_batch_size": documents // settings.accumulate}
+    checkpointing = {checkpointing_argument(): settings.checkpointing}
+    return TrainingArguments(**common_arguments(settings, directory, liger), **batch, **checkpointing)
+
+
+def time_parts(trainer: Trainer, recorder: Recorder) -> None:
     # No hooks on the model: what somebody hooks into could be anything, so that fastft would decline.
     around_loss = trainer.compute_loss_context_manager
     backward = trainer.accelerator.backward
@@ -152,11 +156,15 @@ def _time_parts(trainer: Trainer, recorder: Recorder) -> None:
     trainer.accelerator.backward = timed_backward
 
 
-def _settle_garbage() -> None:
+def logged_losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def settle_garbage() -> None:
     """Keep the collector from walking the model and the imported libraries: on a host, that costs a step 200 ms."""
     gc.collect()
     gc.freeze()
 
 
-def _real_tokens(steps: list[list[Document]]) -> list[int]:
+def real_tokens(steps: list[list[Document]]) -> list[int]:
     return [sum(len(document) for document in step) for step in steps]

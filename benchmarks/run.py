@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,24 @@ from benchmarks.environment import SCHEMA as SCHEMA
 from benchmarks.environment import describe_command
 from benchmarks.measure import steps_of
 from benchmarks.settings import SMOKE, Settings
+from benchmarks.sft_names import HELP as SFT_HELP
+from benchmarks.sft_names import is_unsloth
 from benchmarks.shapes import SHAPES
-from benchmarks.stacks import STACKS
+from benchmarks.stacks import STACKS, find_stack
 from benchmarks.summary import ratios, render, summarise
+from benchmarks.weights import saved_weights
 from benchmarks.worker import measure
 
+_QUIET = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}  # there is nothing to ask or to tell anybody
 START_UP_S = 120  # a process may take this long, beside its budget, to import and to end
 _EPILOG = """\
 stacks, the first one named being the reference of every ratio:
 {stacks}
+  {sft}
 
-example:
+examples:
   python -m benchmarks.run --shape llama-1b --stacks stock-padded,fastft-padded --out llama-1b.json
+  python -m benchmarks.run --shape qwen3-4b --stacks trl-flex-liger,trl-fastft-liger --steps 30 --out sft.json
 """
 
 
@@ -41,22 +49,28 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {
         **describe_command("run", arguments),
         "one_process": options.one_process,
+        "shared_caches": options.shared_caches,
         "settings": dataclasses.asdict(settings),
         "documents": describe(steps_of(settings)),
         "environment": None,
         "runs": [],
     }
-    for repeat in range(options.repeats):
-        for stack in options.stacks:
-            print(f"{stack}, repeat {repeat + 1} of {options.repeats} …", file=sys.stderr, flush=True)
-            outcome = run_here(stack, settings) if options.one_process else run_process(stack, settings)
-            result["environment"] = result["environment"] or outcome.pop("environment", None)
-            outcome.pop("environment", None)
-            result["runs"].append({"stack": stack, "repeat": repeat, **outcome})
-            result["summary"] = summarise(result["runs"])
-            result["ratios"] = ratios(result["runs"])
-            # Written after every process: what was measured survives an interrupted comparison.
-            out.write_text(json.dumps(result, indent=1) + "\n")
+    loads = settings.quantize is not None or any(map(is_unsloth, options.stacks))
+    with (
+        saved_weights(settings) if loads else contextlib.nullcontext(settings) as given,
+        tempfile.TemporaryDirectory() if options.shared_caches else contextlib.nullcontext() as caches,
+    ):
+        for repeat in range(options.repeats):
+            for stack in options.stacks:
+                print(f"{stack}, repeat {repeat + 1} of {options.repeats} …", file=sys.stderr, flush=True)
+                outcome = run_here(stack, given) if options.one_process else run_process(stack, given, caches)
+                result["environment"] = result["environment"] or outcome.pop("environment", None)
+                outcome.pop("environment", None)
+                result["runs"].append({"stack": stack, "repeat": repeat, **outcome})
+                result["summary"] = summarise(result["runs"])
+                result["ratios"] = ratios(result["runs"])
+                # Written after every process: what was measured survives an interrupted comparison.
+                out.write_text(json.dumps(result, indent=1) + "\n")
     print(render(result))
     print(f"\nwritten to {out}")
     return 0 if all(run["status"] == "ok" for run in result["runs"]) else 1
@@ -72,17 +86,24 @@ def run_here(stack: str, settings: Settings) -> dict[str, Any]:
     return {"status": "ok", "error": None, **measure(stack, settings)}
 
 
-def run_process(stack: str, settings: Settings) -> dict[str, Any]:
-    """Measure one stack in a fresh process with empty compiler caches; a failure becomes part of the result."""
+def run_process(stack: str, settings: Settings, shared: str | None = None) -> dict[str, Any]:
+    """Measure one stack in a fresh process; a failure becomes part of the result.
+
+    Its compiler caches are empty at first, unless ``shared`` is a folder where other processes have theirs.
+    """
     with tempfile.TemporaryDirectory() as directory:
         settings_file, result_file = Path(directory, "settings.json"), Path(directory, "result.json")
         settings_file.write_text(json.dumps(dataclasses.asdict(settings)))
-        caches = {name: str(Path(directory, name)) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-        command = [sys.executable, "-m", "benchmarks.worker", stack, str(settings_file), str(result_file)]
+        caches = {
+            name: str(Path(shared or directory, name)) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        }
+        worker = "benchmarks.unsloth_worker" if is_unsloth(stack) else "benchmarks.worker"
+        command = [sys.executable, "-m", worker, stack, str(settings_file), str(result_file)]
         try:
             process = subprocess.run(
                 command,
-                env={**os.environ, **caches},
+                cwd=directory,  # some write their caches to where they are
+                env={**os.environ, **caches, **_QUIET, "PYTHONPATH": python_path()},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -97,6 +118,11 @@ def run_process(stack: str, settings: Settings) -> dict[str, Any]:
     if not outcome["step_s"]:
         return {"status": "over budget", "error": f"no timed step within {settings.budget:.0f} s"}
     return {"status": "ok", "error": None, **outcome}
+
+
+def python_path() -> str:
+    """Where this process finds its modules, for one that starts in another folder."""
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
 
 
 def output_file(options: argparse.Namespace) -> Path:
@@ -118,7 +144,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         prog="python -m benchmarks.run",
         description="Compare training stacks on this machine. Each stack runs in processes of its own, in turn "
         "(A B A B), with empty compiler caches and on the same documents of random tokens.",
-        epilog=_EPILOG.format(stacks="\n".join(f"  {name:<16} {stack.__doc__}" for name, stack in STACKS.items())),
+        epilog=_EPILOG.format(
+            stacks="\n".join(f"  {name:<24} {stack.__doc__}" for name, stack in STACKS.items()),
+            sft=SFT_HELP.replace("\n", "\n  "),
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = Settings()
@@ -135,22 +164,32 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     add("--lengths", type=_lengths, metavar="NAME", help=f"loguniform-A-B, uniform-A-B or fixed-N ({default.lengths})")
     add("--accumulate", type=int, metavar="N", help="split a step into N batches (1)")
     add("--trainable", choices=["lora", "full"], help=f"LoRA r=16 on all linears, or all weights ({default.trainable})")
+    add("--quantize", choices=["nf4"], help="train LoRA on 4-bit weights of bitsandbytes, as QLoRA does")
     add("--checkpointing", choices=["on", "off"], help="activation checkpointing (on)")
     add("--dtype", choices=["bf16", "fp16", "fp32"], help=f"of the weights ({default.dtype})")
     add("--device", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
     add("--seed", type=int, metavar="N", help="of documents and weights (0)")
     add("--budget", type=float, metavar="SECONDS", help=f"of a process, then it stops ({default.budget:.0f})")
+    add("--cap", type=float, metavar="GB", help="let a process use no more GPU memory than this")
     add("--out", type=Path, metavar="FILE", help="the result (benchmark.json; with --smoke in a temporary folder)")
     add("--one-process", action="store_true", help="take turns on one model in this process: for small differences")
+    add("--shared-caches", action="store_true", help="one compiler cache for all: faster, but first steps mean nothing")
     add("--smoke", action="store_true", help="a tiny model on the CPU, a few steps: does the harness work?")
     options = parser.parse_args(arguments)
     if options.warmup is not None and options.warmup < 1:
         parser.error("--warmup is at least 1: the first step compiles and allocates")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA GPU here")
+    if options.quantize is not None and find_spec("bitsandbytes") is None:
+        parser.error(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
+    if options.cap is not None and not torch.cuda.is_available():
+        parser.error("--cap limits a GPU's memory, and torch finds no CUDA GPU here")
     if options.out is not None and (problem := _problem_of(options.out)):
         parser.error(f"--out {options.out}: {problem}")
-    return options, settings_from(options)
+    settings = settings_from(options)
+    if settings.quantize is not None and settings.trainable != "lora":
+        parser.error(f"--quantize {settings.quantize} trains adapters on frozen weights: --trainable lora")
+    return options, settings
 
 
 def _problem_of(file: Path) -> str | None:
@@ -165,7 +204,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
     given = {
         field.name: value
         for field in dataclasses.fields(Settings)
-        if (value := getattr(options, field.name)) is not None
+        if (value := getattr(options, field.name, None)) is not None
     }
     if "checkpointing" in given:
         given["checkpointing"] = given["checkpointing"] == "on"
@@ -182,8 +221,12 @@ def _lengths(text: str) -> str:
 
 def _stacks(text: str) -> list[str]:
     names = text.split(",")
-    if unknown := [name for name in names if name not in STACKS]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)} (there are: {', '.join(STACKS)})")
+    for name in names:
+        try:
+            find_stack(name)
+        except ValueError:
+            known = f"{', '.join(STACKS)}, and trl-… as --help says"
+            raise argparse.ArgumentTypeError(f"unknown: {name} (there are: {known})") from None
     return names
 
 

@@ -15,6 +15,7 @@ class Settings:
     dtype: str = "bf16"
     device: str = "auto"
     trainable: str = "lora"
+    quantize: str | None = None  # "nf4": the linear layers' weights, which adapters are then trained on
     checkpointing: bool = True
     tokens: int = 8192  # real tokens of one step, about
     lengths: str = "loguniform-64-1024"
@@ -24,6 +25,8 @@ class Settings:
     split_steps: int = 3  # extra steps that time forward and backward apart
     seed: int = 0
     budget: float = 300.0  # seconds one process may take
+    cap: float | None = None  # GB of GPU memory that a process may use; None: all there is
+    weights: str | None = None  # a folder of weights to load, in place of making them
 
     @property
     def total_steps(self) -> int:

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from benchmarks.settings import Settings
 from fastft_plugins.shapes import SHAPES
 
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}  # on all linears
+
 
 def vocab_size(shape: str) -> int:
     values = SHAPES[shape]
@@ -23,6 +25,17 @@ def build_model(settings: Settings, attention: str | None = None, **overrides: A
     Attention is sdpa, or eager where the model has sinks, which sdpa lacks, unless a name is given. ``overrides`` are
     values of the model's config.
     """
+    if settings.weights is not None:
+        model = _loaded(settings, attention)
+    else:
+        model = _made(settings, attention, **overrides)
+    if settings.trainable == "lora":
+        with settings.torch_device():
+            model = _with_lora(model, fp32=settings.dtype == "fp16")
+    return model.train()
+
+
+def _made(settings: Settings, attention: str | None, **overrides: Any) -> torch.nn.Module:
     values = SHAPES[settings.shape] | overrides
     if settings.layers is not None:
         values["num_hidden_layers"] = settings.layers
@@ -35,9 +48,18 @@ def build_model(settings: Settings, attention: str | None = None, **overrides: A
         model: torch.nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=settings.torch_dtype(), attn_implementation=attention
         )
-        if settings.trainable == "lora":
-            model = _with_lora(model, fp32=settings.dtype == "fp16")
-    return model.train()
+    return model
+
+
+def _loaded(settings: Settings, attention: str | None) -> torch.nn.Module:
+    torch.manual_seed(settings.seed)  # of the adapters
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        settings.weights,
+        dtype=settings.torch_dtype(),
+        attn_implementation=attention,
+        device_map={"": settings.torch_device()},
+    )
+    return model
 
 
 def enable_checkpointing(
@@ -65,7 +87,7 @@ def checkpointing_argument() -> str:
 def _with_lora(model: torch.nn.Module, fp32: bool) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(**LORA, target_modules="all-linear", task_type="CAUSAL_LM")
     # Adapters in the model's dtype: in fp32, which the loss scaling of fp16 needs, they make every stack cast its
     # activations twice a layer.
     adapted: torch.nn.Module = get_peft_model(model, config, autocast_adapter_dtype=fp32)

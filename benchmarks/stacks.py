@@ -1,4 +1,7 @@
-"""The stacks that can be compared. To add one, write a function here that returns what `measure_*` returns."""
+"""The stacks that can be compared. To add one, write a function here that returns what `measure_*` returns.
+
+Those of TRL's SFTTrainer are combinations of a few parts and have their names from these: see `benchmarks.sft_names`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast
+from transformers import DataCollatorWithFlattening
 
-from benchmarks.measure import Batch, measure_model, measure_trainer
+from benchmarks.measure import measure_model, measure_trainer
 from benchmarks.settings import Settings
+from benchmarks.sft_names import SftStack
 from benchmarks.shapes import build_model, enable_checkpointing
+from benchmarks.tokenizer import padding_collator
 
 Stack = Callable[[Settings], dict[str, Any]]
 STACKS: dict[str, Stack] = {}
@@ -26,10 +31,28 @@ def stack(name: str) -> Callable[[Stack], Stack]:
     return register
 
 
+def find_stack(name: str) -> Stack:
+    """Return the stack of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name in STACKS:
+        return STACKS[name]
+    sft_stack = SftStack.from_name(name)
+
+    def measure(settings: Settings) -> dict[str, Any]:
+        from benchmarks.sft import measure_sft
+
+        return measure_sft(settings, sft_stack)
+
+    return measure
+
+
 @stack("stock-padded")
 def _stock_padded(settings: Settings) -> dict[str, Any]:
     """Trainer, padding collator, sdpa"""
-    return measure_trainer(settings, _padding_collator())
+    return measure_trainer(settings, padding_collator())
 
 
 @stack("fastft-padded")
@@ -37,7 +60,7 @@ def _fastft_padded(settings: Settings) -> dict[str, Any]:
     """the same Trainer with callbacks=[FastFTCallback()]"""
     from fastft_plugins import FastFTCallback
 
-    return measure_trainer(settings, _padding_collator(), [FastFTCallback()])
+    return measure_trainer(settings, padding_collator(), [FastFTCallback()])
 
 
 @stack("stock-packed")
@@ -101,8 +124,25 @@ def _fastft_model(settings: Settings) -> dict[str, Any]:
     model = _bare_model(settings)
     # The other features stay off: against varlen-rebuilt, only the cost of the metadata may differ.
     with apply(model, {"packing": "on", "checkpointing": "off", "moe": "off"}) as run:
-        result = measure_model(settings, model, PaddingFreeCollator(_padding_collator()))
+        result = measure_model(settings, model, PaddingFreeCollator(padding_collator()))
     return {**result, "report": run.report.to_dict()}
+
+
+@stack("lightning-padded")
+def _lightning_padded(settings: Settings) -> dict[str, Any]:
+    """lightning.Trainer, padding collator, sdpa"""
+    from benchmarks.lightning_fit import measure_lightning
+
+    return measure_lightning(settings, padding_collator())
+
+
+@stack("lightning-fastft-padded")
+def _lightning_fastft_padded(settings: Settings) -> dict[str, Any]:
+    """the same lightning.Trainer with plugins=[FastFTPlugin()]"""
+    from benchmarks.lightning_fit import measure_lightning
+    from fastft_plugins import FastFTPlugin
+
+    return measure_lightning(settings, padding_collator(), FastFTPlugin())
 
 
 @functools.cache  # in one process, the stacks take turns on one model
@@ -111,15 +151,3 @@ def _bare_model(settings: Settings) -> Any:
     if settings.checkpointing:
         enable_checkpointing(model)
     return model
-
-
-def _padding_collator() -> Callable[..., Batch]:
-    """transformers' own right-padding collator, which asks for a tokenizer but only uses its padding token."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>")), pad_token="<pad>"
-    )
-    collator: Callable[..., Batch] = DataCollatorForSeq2Seq(tokenizer)
-    return collator

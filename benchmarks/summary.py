@@ -29,16 +29,17 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each stack against the first one, repeat by repeat: neighbours in time share the machine's mood."""
+def ratios(runs: list[dict[str, Any]], reference: str | None = None) -> list[dict[str, Any]]:
+    """Each stack against one, by default the first, repeat by repeat: neighbours in time share the machine's mood."""
     stacks = list(dict.fromkeys(run["stack"] for run in runs))
+    reference = reference or stacks[0]
     good = {(run["stack"], run["repeat"]): run for run in runs if run["status"] == "ok"}
     rows = []
-    for stack in stacks[1:]:
-        pairs = [(run, good[stacks[0], repeat]) for (name, repeat), run in good.items()
-                 if name == stack and (stacks[0], repeat) in good]  # fmt: skip
-        if pairs:
-            rows.append({"stack": stack, "against": stacks[0], **_compare(pairs)})
+    for stack in stacks:
+        pairs = [(run, good[reference, repeat]) for (name, repeat), run in good.items()
+                 if name == stack and (reference, repeat) in good]  # fmt: skip
+        if pairs and stack != reference:
+            rows.append({"stack": stack, "against": reference, **_compare(pairs)})
     return rows
 
 
@@ -63,13 +64,20 @@ def values_of(run: dict[str, Any], metric: str) -> list[float]:
     return [] if value is None else [value]
 
 
+def training_text(settings: dict[str, Any]) -> str:
+    """What is trained and how; a result of before an option was there lacks it."""
+    base = f" on {settings['quantize']}" if settings.get("quantize") else ""
+    cap = f", in {settings['cap']:g} GB" if settings.get("cap") else ""
+    checkpointing = "on" if settings["checkpointing"] else "off"
+    return f"{settings['trainable']}{base}, {settings['dtype']}, checkpointing {checkpointing}{cap}"
+
+
 def render(result: dict[str, Any]) -> str:
     """The table that `benchmarks.run` prints."""
     settings, documents = result["settings"], result["documents"]
     gpu = (result["environment"] or {}).get("gpu") or "CPU"
     lines = [
-        f"{settings['shape']} · {settings['trainable']} · {settings['dtype']} · checkpointing "
-        f"{'on' if settings['checkpointing'] else 'off'} · {documents['per_step']} documents a step "
+        f"{settings['shape']} · {training_text(settings)} · {documents['per_step']} documents a step "
         f"({settings['lengths']}, {documents['padding_share']:.0%} of a padded batch is padding) · {gpu}",
         "",
         _ROW.format("stack", "tokens/s", "step ms (p20–p80)", "forward", "backward", "first step", "peak GB", "loss"),
@@ -92,7 +100,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 _LABELS = {"tokens_per_s": "tokens/s", "forward_s": "forward", "backward_s": "backward"}
-_ROW = "{:<16} {:>9} {:>24} {:>9} {:>9} {:>11} {:>8} {:>8}"
+_ROW = "{:<28} {:>9} {:>24} {:>9} {:>9} {:>11} {:>8} {:>8}"
 
 
 def _compare(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.summary import pairs_text
+from benchmarks.summary import pairs_text, ratios, training_text
 
 RESULTS = Path(__file__).parent / "results"
 _HEADER = (
@@ -22,7 +22,9 @@ _HEADER = (
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="result files of benchmarks.run")
-    given = parser.parse_args(arguments).files
+    parser.add_argument("--against", metavar="STACK", help="the reference of every ratio; by default the run's first")
+    options = parser.parse_args(arguments)
+    given = options.files
     files = given or sorted(RESULTS.glob("*.json"))
     results: dict[str, dict[str, Any]] = {}
     for file in files:
@@ -33,6 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
         if result is None:
             print(f"{file}: skipped, it is not of benchmarks.run", file=sys.stderr)
         else:
+            if options.against is not None:
+                result["ratios"] = ratios(result["runs"], options.against)
             results[str(file) if file.stem in results else file.stem] = result
     if not results:
         parser.error(f"no result files in {', '.join(map(str, given)) or RESULTS}: make one with "
@@ -80,15 +84,13 @@ def _machine(environment: dict[str, Any] | None) -> str:
 
 def _row(name: str, result: dict[str, Any], stack: str, numbers: dict[str, Any]) -> str:
     settings, peak = result["settings"], numbers["peak_memory_bytes"]
-    checkpointing = "on" if settings["checkpointing"] else "off"
-    training = f"{settings['trainable']}, {settings['dtype']}, checkpointing {checkpointing}"
     ratio = next((row for row in result["ratios"] if row["stack"] == stack), None)
     speed = ratio and ratio["tokens_per_s"]
     model = settings["shape"] + (f" ({settings['layers']} layers)" if settings["layers"] else "")
     cells = [
         name,
         model,
-        f"{training}, {settings['tokens']} tokens of {settings['lengths']}",
+        f"{training_text(settings)}, {settings['tokens']} tokens of {settings['lengths']}",
         stack,
         f"{numbers['tokens_per_s']['p50']:,.0f}",
         _milliseconds(numbers["step_s"]),

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.documents import describe
 from benchmarks.environment import describe_environment
 from benchmarks.measure import steps_of
 from benchmarks.settings import Settings
-from benchmarks.stacks import STACKS
+from benchmarks.stacks import find_stack
 
 
 def main(stack: str, settings_file: str, result_file: str) -> None:
@@ -19,7 +21,10 @@ def main(stack: str, settings_file: str, result_file: str) -> None:
 
 
 def measure(stack: str, settings: Settings) -> dict[str, Any]:
-    result = STACKS[stack](settings)
+    if settings.cap is not None:
+        total = torch.cuda.get_device_properties(settings.torch_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(settings.cap * 1e9 / total)
+    result = find_stack(stack)(settings)
     result["documents_digest"] = describe(steps_of(settings))["digest"]
     result["environment"] = describe_environment(settings.torch_device())
     return result

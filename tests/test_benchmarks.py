@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ pytest.importorskip("transformers", reason="the benchmarks train with transforme
 from simulated_device import SimulatedDevice
 
 from benchmarks import run as cli
-from benchmarks import table
+from benchmarks import table, weights
 from benchmarks.documents import TOLERANCE, describe, make_steps, parse_lengths
 from benchmarks.environment import git_commit
 from benchmarks.settings import SMOKE, Settings
+from benchmarks.sft_names import SftStack
 from benchmarks.shapes import SHAPES, build_model
 from benchmarks.summary import pairs_text, ratios, render, spread, summarise
 from benchmarks.table import markdown
@@ -53,8 +57,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_smoke_run_records_everything_a_reader_needs(result: dict[str, Any]) -> None:
     assert set(result) == {
-        "schema", "date", "commit", "command", "one_process", "settings", "documents", "environment", "runs", "summary",
-        "ratios",
+        "schema", "date", "commit", "command", "one_process", "shared_caches", "settings", "documents", "environment",
+        "runs", "summary", "ratios",
     }  # fmt: skip
     assert result["schema"] == cli.SCHEMA
     assert result["settings"]["shape"] == "tiny-llama"
@@ -82,8 +86,59 @@ def test_smoke_run_of_the_forward_and_backward_stacks(tmp_path: Path) -> None:
     assert once["loss"] == pytest.approx(rebuilt["loss"], rel=1e-5)
 
 
+@pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL")
+def test_smoke_run_of_the_sft_stacks(tmp_path: Path) -> None:
+    stacks = "trl-sdpa,trl-fastft,trl-sdpa-every-2"
+    options = ("--checkpointing", "on", "--repeats", "1", "--out", str(tmp_path / "result.json"))
+    stock, fastft, every = benchmark("--stacks", stacks, *options)["runs"]
+    assert len(stock["packed"]["tokens_per_step"]) == Settings(**SMOKE).total_steps
+    assert max(stock["packed"]["tokens_per_step"]) > 0.9 * SMOKE["tokens"]
+    assert stock["packed"] == fastft["packed"] == every["packed"]
+    assert fastft["loss"] == pytest.approx(stock["loss"], rel=1e-5)
+    assert every["loss"] == pytest.approx(stock["loss"], rel=1e-5)
+    features = fastft["report"]["features"]
+    assert features["packing"]["enabled"] and not features["checkpointing"]["enabled"]
+    assert stock["report"] is None
+
+
+@pytest.mark.skipif(find_spec("lightning") is None, reason="needs Lightning")
+@pytest.mark.skipif(
+    not entry_points(group="lightning.pytorch.callbacks_factory", name="fastft"),
+    reason="needs an installed fastft-plugins, through whose entry points the plugin works",
+)
+def test_smoke_run_of_the_lightning_stacks(tmp_path: Path) -> None:
+    options = ("--accumulate", "2", "--shared-caches", "--repeats", "1", "--out", str(tmp_path / "result.json"))
+    stock, fastft = benchmark("--stacks", "lightning-padded,lightning-fastft-padded", *options)["runs"]
+    assert len(stock["loss"]) == Settings(**SMOKE).total_steps
+    assert fastft["loss"] == pytest.approx(stock["loss"], rel=1e-5)
+    assert fastft["report"]["features"]["packing"]["enabled"], fastft["report"]
+    assert len(fastft["forward_s"]) == len(fastft["backward_s"]) == SMOKE["split_steps"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [
+        ("trl-sdpa", SftStack("sdpa")),
+        ("trl-flex-liger-every-3", SftStack("flex", liger=True, every_n_layers=3)),
+        ("trl-fastft-nocheckpoint", SftStack("fastft", checkpointing=False)),
+        ("trl-fastft-planned-liger", SftStack("fastft-planned", liger=True)),
+        ("trl-unsloth-nocheckpoint", SftStack("unsloth", checkpointing=False)),
+    ],
+)
+def test_the_names_of_the_sft_stacks(name: str, stack: SftStack) -> None:
+    assert SftStack.from_name(name) == stack
+
+
+@pytest.mark.parametrize(
+    "name", ["trl", "trl-eager", "trl-flex-planned", "trl-sdpa-every-0", "trl-sdpa-every-2-liger", "trl-unsloth-liger"]
+)
+def test_a_name_that_is_no_sft_stack(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        SftStack.from_name(name)
+
+
 def test_a_failing_stack_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_fails(stack: str, settings: Settings) -> dict[str, Any]:
+    def one_fails(stack: str, settings: Settings, shared: str | None) -> dict[str, Any]:
         if stack == "stock-packed":
             return {"status": "failed", "error": "out of memory"}
         return {"environment": {"gpu": None, "packages": {}}, **_ok(seconds=[1.0, 1.0])}
@@ -125,6 +180,8 @@ def test_ratios_compare_repeat_by_repeat() -> None:
     }
     assert "b against a: tokens/s 2.50× (2.00 3.00)" in render(result)
     assert "**2.50×** (2.00, 3.00)" in markdown({"file": result})
+    (turned,) = ratios(runs, reference="b")
+    assert turned["stack"] == "a" and turned["step_s"]["median"] == pytest.approx((1 / 2 + 1 / 3) / 2)
 
 
 def test_many_pairs_are_shown_as_a_range() -> None:
@@ -235,6 +292,26 @@ def test_models_are_the_same_in_every_process_and_take_a_number_of_layers(shape:
         assert ours.equal(theirs)
 
 
+def test_saved_weights_are_those_of_the_model_made_here(tmp_path: Path) -> None:
+    settings = Settings(**{**SMOKE, "shape": "tiny-qwen3"})
+    weights.save(settings, str(tmp_path))
+    loaded = build_model(dataclasses.replace(settings, weights=str(tmp_path)))
+    for ours, theirs in zip(loaded.parameters(), build_model(settings).parameters(), strict=True):
+        assert ours.equal(theirs)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_weights_in_4_bits_are_loaded_as_such(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    settings = Settings(**{**SMOKE, "trainable": "lora", "dtype": "bf16", "quantize": "nf4"})
+    weights.save(settings, str(tmp_path))
+    loaded: Any = build_model(dataclasses.replace(settings, weights=str(tmp_path)))
+    trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert loaded.is_loaded_in_4bit and trained and all("lora_" in name for name in trained)
+    quantised = [name for name, parameter in loaded.named_parameters() if parameter.dtype == torch.uint8]
+    assert len(quantised) == 2 * 7 and not any("lm_head" in name for name in quantised)
+
+
 def test_lora_trains_adapters_on_every_linear_in_the_dtype_of_the_weights() -> None:
     pytest.importorskip("peft", reason="LoRA needs peft")
     model = build_model(Settings(**{**SMOKE, "trainable": "lora", "dtype": "bf16"}))
@@ -277,12 +354,21 @@ def test_a_file_that_cannot_be_written_ends_the_run_at_once() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--stacks", "nothing"], ["--shape", "nothing"], ["--warmup", "0"], ["--lengths", "foo"], ["--device", "cuda"]],
+    [
+        ["--stacks", "nothing"],
+        ["--shape", "nothing"],
+        ["--warmup", "0"],
+        ["--lengths", "foo"],
+        ["--device", "cuda"],
+        ["--cap", "24"],
+        ["--quantize", "nf4"],
+    ],
 )
 def test_bad_options_end_with_a_message(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         cli.parse(arguments)
     assert arguments[0] in capsys.readouterr().err
