@@ -114,8 +114,11 @@ def test_layers_are_kept_whole_only_once_all_products_are_stored():
 # On a device
 
 
-def planned_on(device):
-    return PlannedCheckpoint(device, OffloadCheckpoint())
+def planned_on(device, engine=None):
+    """As after a first step."""
+    planned = PlannedCheckpoint(device, engine or OffloadCheckpoint())
+    planned._is_warm = True
+    return planned
 
 
 def train(device, checkpoint_fn, rows=(ROWS, ROWS, ROWS), after_step=lambda: None, head=1):
@@ -184,7 +187,7 @@ def test_the_same_gradients_in_any_memory_and_never_more_of_it(share, sizes):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.__name__)
 def test_every_schedule_gives_the_gradients_of_torch_checkpointing(schedule, budget, offload, monkeypatch):
     engine, lazy = lazy_engine(monkeypatch)
-    ours, found = PlannedCheckpoint(SimulatedDevice(budget=budget), engine), []
+    ours, found = planned_on(SimulatedDevice(budget=budget), engine), []
     for checkpoint_fn in (stock, functools.partial(ours, offload=offload)):
         torch.manual_seed(1)
         found.append([grad for _ in range(3) for grad in schedule(checkpoint_fn)])
@@ -214,6 +217,15 @@ def test_a_layer_without_room_is_run_again_checkpointed_and_plans_get_smaller(fi
     assert in_each_step == sorted(in_each_step, reverse=True)
     assert in_each_step[1:] == in_each_step[-1:] * 4, "not found at the first try"
     assert ours.calls["retried"] == 1
+
+
+def test_the_first_step_is_not_measured():
+    device, costs = SimulatedDevice(), []
+    ours = PlannedCheckpoint(device, OffloadCheckpoint())
+    assert_same_steps(
+        train(device, ours, [ROWS] * 3, lambda: costs.append(ours.costs)), train(SimulatedDevice(), stock)
+    )
+    assert costs[:2] == [None, None] and costs[2] is not None and ours.forwards == 1
 
 
 def test_running_out_of_memory_elsewhere_is_the_callers_affair(sizes):

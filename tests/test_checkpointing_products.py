@@ -9,15 +9,14 @@ import pytest
 import torch
 from checkpointing_helpers import SCHEDULES, Layer, Stack, assert_same, gradients, lazy_engine, make_input, stock
 from simulated_device import SimulatedDevice
+from test_checkpointing_planner import planned_on
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
-from fastft_plugins.checkpointing import OffloadCheckpoint
 from fastft_plugins.checkpointing import measurement as measurement_module
 from fastft_plugins.checkpointing import products as products_module
-from fastft_plugins.checkpointing.planned import PlannedCheckpoint
 from fastft_plugins.checkpointing.products import MIN_WIDTH, storing_products
 
 DEPTH, WIDTH, ROWS = 4, MIN_WIDTH, 2048
@@ -184,7 +183,7 @@ def sizes():
 def test_the_planner_stores_products_before_it_keeps_layers_and_never_takes_more_than_there_is(share, sizes):
     least, most = sizes
     device = PatientHost(int(least + share * (most - least)))
-    ours = PlannedCheckpoint(device, OffloadCheckpoint())
+    ours = planned_on(device)
     expected = wide_steps(SimulatedDevice(), stock, 3)
     for ours_step, stock_step in zip(wide_steps(device, ours, 3), expected, strict=True):
         assert_same(ours_step, stock_step)
@@ -199,13 +198,13 @@ def test_the_planner_stores_products_before_it_keeps_layers_and_never_takes_more
 def test_no_products_are_stored_where_the_host_has_no_time(sizes):
     device = SimulatedDevice(sum(sizes) // 2)
     device.milliseconds = lambda begin, end: (end - begin) * 1e3  # the device waits for the host
-    ours = PlannedCheckpoint(device, OffloadCheckpoint())
+    ours = planned_on(device)
     wide_steps(device, ours, 3)
     assert ours.calls["kept"] and not ours.calls["stored"] and ours.costs.products == (0,) * DEPTH
 
 
 def test_a_compiled_layer_stores_no_products(monkeypatch):
-    ours = PlannedCheckpoint(PatientHost(), OffloadCheckpoint())
+    ours = planned_on(PatientHost())
     monkeypatch.setattr(measurement_module, "is_compiled", lambda layer: isinstance(layer, Layer))
     wide_steps(ours._gauge, ours, 2)
     assert ours.costs.products == (0,) * DEPTH
@@ -216,7 +215,7 @@ def test_a_compiled_layer_stores_no_products(monkeypatch):
 def test_every_schedule_gives_the_gradients_of_torch_checkpointing(schedule, offload, monkeypatch):
     monkeypatch.setattr(products_module, "MIN_WIDTH", 1)
     engine, lazy = lazy_engine(monkeypatch)
-    ours, found = PlannedCheckpoint(PatientHost(budget=1), engine), []
+    ours, found = planned_on(PatientHost(budget=1), engine), []
     choose_storing(monkeypatch, offload)
     for checkpoint_fn in (stock, functools.partial(ours, offload=offload)):
         torch.manual_seed(1)
@@ -238,7 +237,7 @@ def choose_storing(monkeypatch, offload):
 @pytest.mark.parametrize("fitting", range(DEPTH - 1))
 def test_products_without_room_are_given_up(fitting, sizes, monkeypatch):
     device = PatientHost(sum(sizes) // 2)
-    ours, forward, calls = PlannedCheckpoint(device, OffloadCheckpoint()), Light.forward, []
+    ours, forward, calls = planned_on(device), Light.forward, []
 
     def without_room(layer, x, *args):
         is_stored = any(isinstance(mode, products_module._Storing) for mode in _get_current_dispatch_mode_stack())

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fastft_plugins.run import Run
 
 _REASON = "what there is memory for is kept or stored, the rest is computed again as in stock checkpointing"
-_UNMEASURED = "no time has been measured to be won by it yet; checkpointing='on' switches it on"
 _SHARDED = "the parameters are sharded (FSDP, ZeRO-3), and ranks that run other layers again would wait for each other"
 
 
@@ -40,8 +39,6 @@ class CheckpointingFeature:
         reason = transfer.why_no_transfer(device)
         if reason is not None:
             raise NothingToWin(reason)
-        if run.config.mode(self.name) == "auto":
-            raise NothingToWin(_UNMEASURED)
         if any(_is_sharded(parameter) for parameter in run.model.parameters()):
             raise Declined(_SHARDED)
         gauge = make_gauge(device, run.config.memory_budget)

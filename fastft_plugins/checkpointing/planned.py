@@ -29,7 +29,7 @@ _LONGER = 1.25
 
 
 class PlannedCheckpoint:
-    """Called like `torch.utils.checkpoint.checkpoint`; measures in the first step, and from then on plans each forward.
+    """Called like `torch.utils.checkpoint.checkpoint`; measures the second step, and from then on plans each forward.
 
     Calls whose layer cannot be told (see `layer_of`) and calls with options that shape the recompute go to ``engine``.
 
@@ -45,6 +45,7 @@ class PlannedCheckpoint:
         self.calls: Counter[str] = Counter()  # "kept", "stored", "checkpointed", "offloaded", "retried"
         self._gauge = gauge
         self._positions: dict[nn.Module, int] = {}  # of the layers, in the order of their first calls
+        self._is_warm = False  # whether a step has passed
         self._tokens = 0  # of the forward under way
         self._plan: Plan | None = None  # None while it is measured
         self._measurement: Measurement | None = None  # of the forward under way, or of the one before
@@ -62,7 +63,7 @@ class PlannedCheckpoint:
     ) -> Any:
         """See `torch.utils.checkpoint.checkpoint`; raises ValueError for ``use_reentrant=True``.
 
-        ``offload``: the input of a layer that is not kept whole goes to host memory in any case, in the first step too.
+        ``offload``: inputs of layers that are not kept whole go to host memory in any case, in the first steps too.
         """
         layer = layer_of(function)
         source = args[0] if args else None
@@ -134,7 +135,10 @@ class PlannedCheckpoint:
         self._tokens = tokens
         found = self._measurement.costs() if self._measurement is not None else None
         if found is not None:
-            self.costs, self._measured, self._measurement = found, self._measurement, None
+            # The first step is not like the others: kernels are loaded in it, and memory is allocated for good.
+            if self._is_warm:
+                self.costs, self._measured = found, self._measurement
+            self._is_warm, self._measurement = True, None
         elif self._measurement is not None:
             self._measurement.abandon()
         if self.costs is None or len(self.costs.whole) < len(self._positions) or tokens > _LONGER * self.costs.tokens:
