@@ -19,6 +19,8 @@ from benchmarks.tokenizer import padding_collator
 
 Stack = Callable[[Settings], dict[str, Any]]
 STACKS: dict[str, Stack] = {}
+# The Trainer's stacks compare packing and experts at equal checkpointing; plans of it have stacks of TRL's.
+_EQUAL = {"checkpointing": "off"}
 
 
 def stack(name: str) -> Callable[[Stack], Stack]:
@@ -57,10 +59,10 @@ def _stock_padded(settings: Settings) -> dict[str, Any]:
 
 @stack("fastft-padded")
 def _fastft_padded(settings: Settings) -> dict[str, Any]:
-    """the same Trainer with callbacks=[FastFTCallback()]"""
+    """the same Trainer with FastFTCallback({"checkpointing": "off"})"""
     from fastft_plugins import FastFTCallback
 
-    return measure_trainer(settings, padding_collator(), [FastFTCallback()])
+    return measure_trainer(settings, padding_collator(), [FastFTCallback(_EQUAL)])
 
 
 @stack("stock-packed")
@@ -83,26 +85,26 @@ def _stock_packed_flex_liger(settings: Settings) -> dict[str, Any]:
 
 @stack("fastft-packed-liger")
 def _fastft_packed_liger(settings: Settings) -> dict[str, Any]:
-    """the packed Trainer with callbacks=[FastFTCallback()] and use_liger_kernel=True"""
+    """the packed Trainer with FastFTCallback({"checkpointing": "off"}) and use_liger_kernel=True"""
     from fastft_plugins import FastFTCallback
 
-    return measure_trainer(settings, DataCollatorWithFlattening(), [FastFTCallback()], liger=True)
+    return measure_trainer(settings, DataCollatorWithFlattening(), [FastFTCallback(_EQUAL)], liger=True)
 
 
 @stack("fastft-packed")
 def _fastft_packed(settings: Settings) -> dict[str, Any]:
-    """the same packed Trainer with callbacks=[FastFTCallback()]"""
+    """the same packed Trainer with FastFTCallback({"checkpointing": "off"})"""
     from fastft_plugins import FastFTCallback
 
-    return measure_trainer(settings, DataCollatorWithFlattening(), [FastFTCallback()])
+    return measure_trainer(settings, DataCollatorWithFlattening(), [FastFTCallback(_EQUAL)])
 
 
 @stack("packed-stock-experts")
 def _packed_stock_experts(settings: Settings) -> dict[str, Any]:
-    """the packed Trainer with FastFTCallback({"moe": "off"}): what the experts of fastft-packed are held to"""
+    """fastft-packed with {"moe": "off"} as well: what the experts of fastft-packed are held to"""
     from fastft_plugins import FastFTCallback
 
-    return measure_trainer(settings, DataCollatorWithFlattening(), [FastFTCallback({"moe": "off"})])
+    return measure_trainer(settings, DataCollatorWithFlattening(), [FastFTCallback({"moe": "off"} | _EQUAL)])
 
 
 @stack("varlen-rebuilt")
