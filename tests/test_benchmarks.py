@@ -385,7 +385,7 @@ def test_smoke_run_of_the_checkpoint_sweep(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
-    from benchmarks import checkpoint_plans, checkpoint_sweep
+    from benchmarks import checkpoint_plans, checkpoint_plot, checkpoint_sweep
 
     monkeypatch.setattr(checkpoint_plans, "make_gauge", lambda device, budget: SimulatedDevice())
     out = tmp_path / "sweep.json"
@@ -401,6 +401,14 @@ def test_smoke_run_of_the_checkpoint_sweep(
     assert result["plans"]["planned"]["planner"]["kept_layers"] == 3
     printed = capsys.readouterr().out
     assert "products+offload" in printed and "3 of 3 layers kept whole" in printed
+    # On a CPU there are no peaks to draw: those of a GPU, in the place of these.
+    for number, outcome in enumerate(result["plans"].values()):
+        outcome["peak_bytes"] = number * 10**9
+    out.write_text(json.dumps(result))
+    pytest.importorskip("matplotlib")
+    assert checkpoint_plot.main([str(out)]) == 0
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    assert checkpoint_plot.points([result])["early"][0] == 1.0
 
 
 def _ok(seconds: list[float]) -> dict[str, Any]:
