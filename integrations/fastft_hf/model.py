@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from fastft_hf import own_attention
 from fastft_hf.decoder_hook import DecoderHook
-from fastft_hf.stand_in import StandInConfig
+from fastft_hf.stand_in import StandInConfig, StockModule
 from fastft_hf.suitability import attention_function, family_of, why_not, why_not_attention, why_not_code
 from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.packing import METADATA_KEY, packed_attention
@@ -85,7 +86,9 @@ def inject_packed_attention(
     run.ledger.record(
         "the decoder's forward pre-hook", decoder.register_forward_pre_hook(hook, with_kwargs=True).remove
     )
-    return f"packed attention in {len(attentions)} layers of {type(causal_lm).__name__}"
+    where = f"packed attention in {len(attentions)} layers of {type(causal_lm).__name__}"
+    own = own_attention.describe(_stock(attentions[0]), _stock_implementation(attentions[0]))
+    return where if own is None else f"{where}, through {own}"
 
 
 def _innermost_model(causal_lm: PreTrainedModel, attentions: list[nn.Module]) -> nn.Module:
@@ -111,10 +114,13 @@ def _attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention signature: q ``[B, H, T, D]``, k and v ``[B, G, T, D]`` → ``[B, T, H, D]``."""
     metadata = kwargs.get(METADATA_KEY) or getattr(attention_mask, METADATA_KEY, None)
+    stock, stock_module = _stock(module), StockModule(module)
     if metadata is None:
-        result: tuple[Tensor, Tensor | None] = _stock(module)(module, query, key, value, attention_mask, **kwargs)
+        result: tuple[Tensor, Tensor | None] = stock(stock_module, query, key, value, attention_mask, **kwargs)
         return result
     _check_arguments(module, kwargs)
+    if own_attention.is_own(stock):
+        return own_attention.attend(stock, stock_module, query, key, value, metadata, kwargs)
     # Stock's sdpa knows neither, and where a transformers version lets a model call it with one, it ignores it.
     ignores = _stock_implementation(module) == "sdpa"
     out_THD = packed_attention(
