@@ -9,6 +9,7 @@ import torch
 from family_models import tiny_family
 from hf_helpers import Pad, documents, grad_norms, losses, make_trainer
 from own_attention_helpers import Flash, Flex
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention
 from torch.testing import assert_close
 from transformers import AttentionInterface
@@ -142,6 +143,20 @@ def test_torchs_own_flex_attention_takes_the_mask(monkeypatch):
     model.config._attn_implementation_internal = "sdpa"
     with torch.no_grad(), apply(model, {"packing": "on"}):
         assert_close(logits, model(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_flex_attention_is_compiled_for_rows_of_any_length_and_all_windows(monkeypatch):
+    """torch compiles a function anew where it finds another mask function or shape, and after eight times no more."""
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention.flex_attention, backend=counter)
+    monkeypatch.setattr(
+        flex_integration, "compile_friendly_flex_attention", lambda *args, training, **more: compiled(*args, **more)
+    )
+    model = model_with("flex_attention", "gemma2")
+    with torch.no_grad(), apply(model, {"packing": "on"}):
+        for seed in range(6):
+            model(**PaddingFreeCollator(Pad())(documents(4, shortest=20, longest=200, seed=seed)))
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])

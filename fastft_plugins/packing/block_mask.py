@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from fastft_plugins.kernels import segments
 from fastft_plugins.kernels.transfer import upload
 from fastft_plugins.packing.metadata import PackedMetadata
 
@@ -26,7 +27,8 @@ _masks: weakref.WeakKeyDictionary[PackedMetadata, dict[int | None, BlockMask]] =
 def document_block_mask(metadata: PackedMetadata, window: int | None = None) -> BlockMask:
     """Which blocks of a row see which: causal, inside each document alone.
 
-    Made at the first call for a window, and returned again as long as ``metadata`` lives. Nothing waits for a GPU.
+    Made at the first call for a window, and returned again as long as ``metadata`` lives. Nothing waits for a GPU. The
+    mask must not hold the metadata, which would then never be gone.
 
     Args:
         metadata: the documents; the mask is on the device of its tensors.
@@ -46,7 +48,8 @@ def document_block_mask(metadata: PackedMetadata, window: int | None = None) -> 
 def _make(metadata: PackedMetadata, window: int | None) -> BlockMask:
     seen_QK, whole_QK = _blocks(metadata, window)
     tables = [table for seen in (seen_QK & ~whole_QK, whole_QK) for table in (*_ordered(seen), *_ordered(seen.t()))]
-    kv, kv_at, q, q_at, whole_kv, whole_kv_at, whole_q, whole_q_at = _together(tables, metadata.seq_idx.device)
+    first_T, *tables = _together([_first_seen(metadata, window), *tables], metadata.seq_idx.device)
+    kv, kv_at, q, q_at, whole_kv, whole_kv_at, whole_q, whole_q_at = (table[None, None] for table in tables)
     total = metadata.total_tokens
     return BlockMask(
         seq_lengths=(total, total),
@@ -59,8 +62,16 @@ def _make(metadata: PackedMetadata, window: int | None) -> BlockMask:
         full_q_num_blocks=whole_q,
         full_q_indices=whole_q_at,
         BLOCK_SIZE=(BLOCK, BLOCK),
-        mask_mod=_mask_function(metadata.seq_idx, window),
+        mask_mod=_mask_function(first_T),
     )
+
+
+def _first_seen(metadata: PackedMetadata, window: int | None) -> Tensor:
+    """The first token that each one sees, ``[T]`` on the host."""
+    reach_T = segments.positions(metadata.lengths)
+    if window is not None:
+        reach_T = reach_T.clamp(max=window - 1)
+    return torch.arange(len(reach_T)) - reach_T
 
 
 def _blocks(metadata: PackedMetadata, window: int | None) -> tuple[Tensor, Tensor]:
@@ -89,23 +100,16 @@ def _ordered(seen_QK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _together(tables: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The tables as int32 ``[1, 1, ...]`` on ``device``, by one copy."""
+    """The tables as int32 on ``device``, by one copy."""
     (flat,) = upload([torch.cat([table.flatten() for table in tables]).int()], device)
     parts = flat.split([table.numel() for table in tables])
-    return [part.view(1, 1, *table.shape) for part, table in zip(parts, tables, strict=True)]
+    return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
 
 
-def _mask_function(seq_idx_T: Tensor, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """It holds the row's document numbers and not the metadata, which the mask must not keep alive."""
+def _mask_function(first_T: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """One function for all windows: flex_attention is compiled anew for each other one, and soon no more at all."""
 
-    def causal_in_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (seq_idx_T[query] == seq_idx_T[key]) & (query >= key)
+    def from_first_to_itself(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (first_T[query] <= key) & (key <= query)
 
-    if window is None:
-        return causal_in_document
-    width = window
-
-    def causal_in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return causal_in_document(batch, head, query, key) & (query - key < width)
-
-    return causal_in_window
+    return from_first_to_itself
