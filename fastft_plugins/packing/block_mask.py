@@ -14,12 +14,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import pad
 
 from fastft_plugins.kernels import segments
 from fastft_plugins.kernels.transfer import upload
 from fastft_plugins.packing.metadata import PackedMetadata
 
 BLOCK = 128  # tokens, flex_attention's own default
+_ALIGNED = 32  # int32 numbers; compiled kernels first copy a tensor that begins elsewhere
 
 _masks: weakref.WeakKeyDictionary[PackedMetadata, dict[int | None, BlockMask]] = weakref.WeakKeyDictionary()
 
@@ -101,9 +103,10 @@ def _ordered(seen_QK: Tensor) -> tuple[Tensor, Tensor]:
 
 def _together(tables: list[Tensor], device: torch.device) -> list[Tensor]:
     """The tables as int32 on ``device``, by one copy."""
-    (flat,) = upload([torch.cat([table.flatten() for table in tables]).int()], device)
-    parts = flat.split([table.numel() for table in tables])
-    return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
+    filled = [pad(table.flatten(), (0, -table.numel() % _ALIGNED)) for table in tables]
+    (flat,) = upload([torch.cat(filled).int()], device)
+    parts = flat.split([table.numel() for table in filled])
+    return [part[: table.numel()].view(table.shape) for part, table in zip(parts, tables, strict=True)]
 
 
 def _mask_function(first_T: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

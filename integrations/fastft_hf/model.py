@@ -3,7 +3,8 @@
 Two seams, both on instances. A forward pre-hook on the decoder gives a packed batch a 4-D mask of size zero: masking
 then returns it as it is, before it would look for packed sequences (which waits for the GPU) or build a T×T mask. And
 every attention module gets a config that names the attention function registered here; it serves packed
-batches, found by the metadata among the keyword arguments, and hands all others to the model's own function.
+batches, found by the metadata among the keyword arguments, and hands all others to the model's own function. A user's
+FlashAttention or flex_attention serves the packed ones too.
 The metadata travels with the call, so a checkpointed layer finds it again when it is recomputed. Layers that do not
 pass keyword arguments on still pass the mask on, so the mask carries the metadata too.
 """
