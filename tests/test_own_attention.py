@@ -9,6 +9,7 @@ import torch
 from family_models import tiny_family
 from hf_helpers import Pad, documents, grad_norms, losses, make_trainer
 from own_attention_helpers import Flash, Flex
+from test_families import GRADIENT_TOLERANCE, PACKED, difference, gradient_of
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention
 from torch.testing import assert_close
@@ -18,12 +19,13 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations import flex_attention as flex_integration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastft_hf.families import FAMILIES as FAMILY_TABLE
 from fastft_plugins import FastFTCallback, apply
 from fastft_plugins.packing import PaddingFreeCollator
 
 FLASH = ["flash_attention_2", "flash_attention_3", "flash_attention_4"]
-# One window for all layers, for some, softcap and windows, windows of a third of the layers, values narrower than keys.
-FAMILIES = ["llama", "mistral", "qwen2", "gemma2", "gemma3_text", "deepseek_v3", "qwen3_moe"]
+# Of gemma3n, stock's own gradients are NaN for padding, of which FlashAttention's results are zeros.
+FAMILIES = [name for name in PACKED if name != "gemma3n_text"]
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def loss_and_gradients(model, batch):
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {name: gradient_of(parameter) for name, parameter in model.named_parameters()}
 
 
 def assert_packed_is_stock(model, side="right"):
@@ -61,26 +63,23 @@ def assert_packed_is_stock(model, side="right"):
     with apply(model, {"packing": "on"}) as run:
         loss, gradients = loss_and_gradients(model, run.collator(lambda batch: batch)(padded))
     assert_close(loss, stock_loss, rtol=2e-6, atol=2e-6)
-    typical = max(gradient.abs().max() for gradient in stock.values())
-    for name, gradient in gradients.items():
-        assert_close(
-            gradient, stock[name], rtol=1e-4, atol=1e-5 * float(typical), msg=lambda text, name=name: name + text
-        )
+    assert difference(gradients, stock) < GRADIENT_TOLERANCE.get(model.config.model_type, 3e-5)
     return run.report.features["packing"]
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
-def test_flash_attention_trains_as_in_stock(flash, family, side):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flash_attention_trains_as_in_stock(flash, family):
+    side = "left" if FAMILY_TABLE[family].moves_positions else "right"
     packing = assert_packed_is_stock(model_with("flash_attention_2", family), side)
     assert packing.metrics["packed_batches"] == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flex_attention_trains_as_in_stock(flex, family):
-    """Without gpt-oss: transformers has no sinks for flex_attention on a CPU."""
-    packing = assert_packed_is_stock(model_with("flex_attention", family))
-    assert packing.metrics["packed_batches"] == 1
+    model = model_with("flex_attention", family)
+    if any("sink" in name for name, _ in model.named_parameters()):
+        pytest.skip("transformers has no sinks for flex_attention on a CPU")
+    assert assert_packed_is_stock(model).metrics["packed_batches"] == 1
 
 
 @pytest.mark.parametrize("implementation", FLASH)
