@@ -49,7 +49,7 @@ def train(model, batches):
         loss = model(**batch).loss
         loss.backward()
         losses.append(loss.item())
-        gradients.append({name: _gradient(parameter) for name, parameter in model.named_parameters()})
+        gradients.append({name: gradient_of(parameter) for name, parameter in model.named_parameters()})
         norms.append(torch.stack([gradient.norm() for gradient in gradients[-1].values()]).norm().item())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -57,7 +57,7 @@ def train(model, batches):
     return losses, gradients, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def _gradient(parameter):
+def gradient_of(parameter):
     """Of an expert that no token reached it is zero; stock sends padding to experts too, with a gradient of zero."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 

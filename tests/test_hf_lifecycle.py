@@ -293,7 +293,7 @@ def test_what_cannot_be_on_raises_before_the_first_step(tmp_path, config):
     ("change", "reason"),
     [
         (lambda model: setattr(model.config, "attention_dropout", 0.1), "attention_dropout"),
-        (lambda model: setattr(model.config, "_attn_implementation_internal", "flex_attention"), "flex_attention"),
+        (lambda model: setattr(model.config, "_attn_implementation_internal", "paged|sdpa"), "'paged|sdpa' is kept"),
         (lambda model: setattr(model, "loss_function", own_loss_function), "loss function of its own"),
         (lambda model: model.config.rope_parameters.update(rope_type="dynamic"), "dynamic"),
         (

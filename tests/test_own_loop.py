@@ -127,6 +127,10 @@ def test_a_packed_batch_stays_a_dict_and_copies_and_pickles():
 def test_moving_a_batch_moves_its_metadata():
     batch = PaddingFreeCollator(Pad())(documents(4)).to("meta")
     assert batch.input_ids.device.type == batch[METADATA_KEY].cu_seqlens.device.type == "meta"
+    assert batch.cu_seq_lens_q is batch.cu_seq_lens_k is batch[METADATA_KEY].cu_seqlens  # one copy for all
+    assert all(value.is_meta for value in batch.values() if isinstance(value, torch.Tensor))
+    short = PaddingFreeCollator(Pad(), flash_arguments=False)(documents(4))
+    assert list(short) == list(short.to("meta")), "the move added columns"
 
 
 def test_metadata_that_stayed_behind_follows_the_tokens_to_their_device():

@@ -1,13 +1,18 @@
 """Copies between a device and host memory that run beside the computation, in a queue of their own.
 
-There is one queue for a device and both directions: its copies run in the order in which they were asked for, so a copy
-never has to wait for another one. What has to be said is how the queue and the computation wait for each other.
+A `Transfer` is one queue for a device and both directions: its copies run in the order in which they were asked for, so
+a copy never has to wait for another one. What has to be said is how the queue and the computation wait for each other.
+
+`upload` is for the few numbers that describe a batch. They have a queue of their own: in that of a `Transfer` they
+would stand behind the activations of a whole step, and the next step would wait for both.
 """
 
 from __future__ import annotations
 
+import functools
 import mmap
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -110,6 +115,40 @@ class _Pages(mmap.mmap):
         if self.queue is not None:
             self.queue.synchronize()
             torch.cuda.cudart().cudaHostUnregister(self.locked_at)
+
+
+def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on ``device``. On the way to a GPU the host waits for nothing, and neither do the copies.
+
+    They run beside what the calling thread's stream has been given so far, the step before, and are there for what it
+    is given from now on. Whoever uses them on another stream has to wait for this one first.
+
+    Args:
+        tensors: any dtypes and shapes. Those in pageable memory are staged in page-locked memory first, which torch
+            keeps for the next time; those that a `DataLoader` has pinned are copied from where they are.
+
+    Returns:
+        New tensors in the order of the given ones; a tensor that is on ``device`` already is returned itself.
+    """
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    stream = torch.cuda.current_stream(device)
+    queue = _upload_queue(stream.device)
+    on_device = []
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            on_device.append(tensor.to(device))
+            continue
+        with torch.cuda.stream(queue):  # so that the new memory is the queue's, and no kernel still uses it
+            on_device.append(tensor.pin_memory().to(device, non_blocking=True))
+        on_device[-1].record_stream(stream)
+    stream.wait_stream(queue)
+    return on_device
+
+
+@functools.cache
+def _upload_queue(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def why_no_transfer(device: torch.device) -> str | None:

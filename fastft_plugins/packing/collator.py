@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastft_plugins.kernels import segments
-from fastft_plugins.packing.batch import PackedBatch
+from fastft_plugins.packing.batch import PackedBatch, flash_columns
 from fastft_plugins.packing.metadata import NotPacked, PackedMetadata
 
 METADATA_KEY = "fastft_metadata"
@@ -188,11 +188,7 @@ def _row(
             "input_ids": ids_T[None],
             "labels": labels_T[None],
             "position_ids": position_ids_T.to(ids_T.device)[None],
-            "cu_seq_lens_q": metadata.cu_seqlens,
-            "cu_seq_lens_k": metadata.cu_seqlens,
-            "max_length_q": metadata.max_seqlen,
-            "max_length_k": metadata.max_seqlen,
-            "seq_idx": metadata.seq_idx[None],
+            **flash_columns(metadata),
             **{name: column_T[None] for name, column_T in columns_T.items()},
             METADATA_KEY: metadata,
         }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastft_plugins.kernels import segments
+from fastft_plugins.kernels.transfer import upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +75,15 @@ class PackedMetadata:
         return int(self.position_ids.shape[0])
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedMetadata:
-        """A copy with its tensors on ``device``; the lengths stay on the host."""
-        return replace(
-            self,
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
-            seq_idx=self.seq_idx.to(device, non_blocking=non_blocking),
-        )
+        """A copy with its tensors on ``device``; the lengths stay on the host.
+
+        Args:
+            non_blocking: not needed. On the way to a GPU the host never waits, see `fastft_plugins.kernels.transfer`;
+                on the way back it always does.
+        """
+        tensors = (self.cu_seqlens, self.position_ids, self.seq_idx)
+        cu_seqlens, position_ids, seq_idx = upload(tensors, torch.device(device))
+        return replace(self, cu_seqlens=cu_seqlens, position_ids=position_ids, seq_idx=seq_idx)
 
     def pin_memory(self) -> PackedMetadata:
         """A copy in page-locked host memory; a `DataLoader` with ``pin_memory=True`` calls this."""

@@ -3,7 +3,8 @@
 Two seams, both on instances. A forward pre-hook on the decoder gives a packed batch a 4-D mask of size zero: masking
 then returns it as it is, before it would look for packed sequences (which waits for the GPU) or build a T×T mask. And
 every attention module gets a config that names the attention function registered here; it serves packed
-batches, found by the metadata among the keyword arguments, and hands all others to the model's own function.
+batches, found by the metadata among the keyword arguments, and hands all others to the model's own function. A user's
+FlashAttention or flex_attention serves the packed ones too.
 The metadata travels with the call, so a checkpointed layer finds it again when it is recomputed. Layers that do not
 pass keyword arguments on still pass the mask on, so the mask carries the metadata too.
 """
@@ -18,8 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from fastft_hf import own_attention
 from fastft_hf.decoder_hook import DecoderHook
-from fastft_hf.stand_in import StandInConfig
+from fastft_hf.stand_in import StandInConfig, StockModule
 from fastft_hf.suitability import attention_function, family_of, why_not, why_not_attention, why_not_code
 from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.packing import METADATA_KEY, packed_attention
@@ -85,7 +87,9 @@ def inject_packed_attention(
     run.ledger.record(
         "the decoder's forward pre-hook", decoder.register_forward_pre_hook(hook, with_kwargs=True).remove
     )
-    return f"packed attention in {len(attentions)} layers of {type(causal_lm).__name__}"
+    where = f"packed attention in {len(attentions)} layers of {type(causal_lm).__name__}"
+    own = own_attention.describe(_stock(attentions[0]), _stock_implementation(attentions[0]))
+    return where if own is None else f"{where}, through {own}"
 
 
 def _innermost_model(causal_lm: PreTrainedModel, attentions: list[nn.Module]) -> nn.Module:
@@ -111,10 +115,13 @@ def _attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention signature: q ``[B, H, T, D]``, k and v ``[B, G, T, D]`` → ``[B, T, H, D]``."""
     metadata = kwargs.get(METADATA_KEY) or getattr(attention_mask, METADATA_KEY, None)
+    stock, stock_module = _stock(module), StockModule(module)
     if metadata is None:
-        result: tuple[Tensor, Tensor | None] = _stock(module)(module, query, key, value, attention_mask, **kwargs)
+        result: tuple[Tensor, Tensor | None] = stock(stock_module, query, key, value, attention_mask, **kwargs)
         return result
     _check_arguments(module, kwargs)
+    if own_attention.is_own(stock):
+        return own_attention.attend(stock, stock_module, query, key, value, metadata, kwargs)
     # Stock's sdpa knows neither, and where a transformers version lets a model call it with one, it ignores it.
     ignores = _stock_implementation(module) == "sdpa"
     out_THD = packed_attention(

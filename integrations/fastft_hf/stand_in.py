@@ -1,4 +1,4 @@
-"""A config for one module of a model, in which a run's function is named instead of stock's."""
+"""A config for one module of a model, in which a run's function is named instead of stock's; the module without it."""
 
 from __future__ import annotations
 
@@ -20,3 +20,16 @@ class StandInConfig:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return operator.getitem, ((self._fastft_stock_config,), 0)
+
+
+class StockModule:
+    """A module with a `StandInConfig` as stock's functions know it: with the config ``stock``, otherwise the module.
+
+    A function that serves several implementations reads in the config which of them it is to be.
+    """
+
+    def __init__(self, module: Any) -> None:
+        vars(self).update(_module=module, config=module.config._fastft_stock_config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_module"], name)

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastft_hf import foreign
 from fastft_hf.classes import written_class
 from fastft_hf.families import FAMILIES, Family
+from fastft_hf.own_attention import is_own
 from fastft_hf.stand_in import StandInConfig
 
 # Attention implementations whose results packed attention reproduces.
@@ -114,8 +115,10 @@ def _why_not_class(causal_lm: PreTrainedModel) -> str | None:
 
 
 def _why_not_config(config: Any) -> str | None:
-    if config._attn_implementation not in _IMPLEMENTATIONS:
-        return f"attention implementation '{config._attn_implementation}' is kept; packing serves 'sdpa' and 'eager'"
+    implementation = config._attn_implementation
+    if implementation not in _IMPLEMENTATIONS and not is_own(ALL_ATTENTION_FUNCTIONS.get(implementation)):
+        known = "'sdpa', 'eager', 'flex_attention' and FlashAttention through transformers' function for it"
+        return f"attention implementation '{implementation}' is kept; packing serves {known}"
     for name, value in sorted(config.to_dict().items()):
         is_random = ("drop" in name or "jitter" in name) and not name.startswith(("classifier", "summary"))
         if is_random and isinstance(value, float) and value > 0:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata
+from fastft_plugins.packing.batch import PackedBatch
 from fastft_plugins.packing.metadata import NotPacked
 
 # What a model's forward takes from a batch, and packing replaces.
@@ -44,7 +45,7 @@ class Twin:
     def pin_memory(self) -> Twin:
         """Called by a `DataLoader` with ``pin_memory=True``."""
         index_T = None if self.index_T is None else self.index_T.pin_memory()
-        return Twin(_each(self.row, lambda value: value.pin_memory()), self.inputs, index_T)
+        return Twin(_pinned(self.row), self.inputs, index_T)
 
     def matches(self, batch: Any) -> bool:
         """Whether the padded batch, still on the host, is the one this twin was made from."""
@@ -60,7 +61,8 @@ class Twin:
         inputs = {name: batch[name] for name in self.inputs}
         device = batch["input_ids"].device
         index_T = None if self.index_T is None else self.index_T.to(device, non_blocking=True)
-        moved = Twin(_each(self.row, lambda value: value.to(device, non_blocking=True)), inputs, index_T)
+        row = self.row if isinstance(self.row, NotPacked) else PackedBatch(self.row).to(device)
+        moved = Twin(row, inputs, index_T)
         moved._versions = {name: tensor._version for name, tensor in inputs.items()}
         return moved
 
@@ -133,9 +135,10 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _each(row: dict[str, Any] | NotPacked, function: Callable[[Any], Any]) -> dict[str, Any] | NotPacked:
+def _pinned(row: dict[str, Any] | NotPacked) -> dict[str, Any] | NotPacked:
     if isinstance(row, NotPacked):
         return row
     return {
-        name: function(value) if isinstance(value, (Tensor, PackedMetadata)) else value for name, value in row.items()
+        name: value.pin_memory() if isinstance(value, (Tensor, PackedMetadata)) else value
+        for name, value in row.items()
     }
