@@ -6,12 +6,15 @@ What is kept or stored are the same numbers that would be computed again: the re
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint, may_offload
@@ -26,6 +29,7 @@ _OF_A_RECOMPUTE = {"preserve_rng_state", "determinism_check", "early_stop"}
 _OF_USERS = {"context_fn", "debug"}
 # A row this many times longer than the one measured is measured itself; up to there, costs are taken to grow with it.
 _LONGER = 1.25
+_STOCK = Plan(2**31)  # checkpoints any number of layers
 
 
 class PlannedCheckpoint:
@@ -50,6 +54,8 @@ class PlannedCheckpoint:
         self._plan: Plan | None = None  # None while it is measured
         self._measurement: Measurement | None = None  # of the forward under way, or of the one before
         self._measured: Measurement | None = None  # that the costs are from
+        self._backward: weakref.ref[_Backward] | None = None  # of the forward under way, or of the one before
+        self._overlaps = False  # whether a forward has begun before the backward of the one before
         self._shortfall = 0.0  # bytes that were missing where kept layers ran out of memory
         self._longest: tuple[int, float, Plan] | None = None  # the longest row: tokens, room and plan
 
@@ -80,11 +86,19 @@ class PlannedCheckpoint:
         tokens = source.numel() // source.shape[-1] if source.dim() else 1
         if position == 0 or tokens != self._tokens:
             self._begin(tokens, offload)
-        if self._plan is None or self.costs is None:
+        outputs = self._run(position, layer, function, *args, **kwargs)
+        if self._backward is None:
+            self._backward = _await_backward(outputs)
+        return outputs
+
+    def _run(self, position: int, layer: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the plan says of the layer at ``position``."""
+        if self._plan is None:
             assert self._measurement is not None
             return self._measurement.run(position, layer, function, *args, **kwargs)
         checkpoint_fn: Callable[..., Any] = self.engine if self._plan.offloads else _checkpoint
-        if position < self._plan.checkpointed or position >= len(self.costs.whole):  # the latter was never measured
+        depth = 0 if self.costs is None else len(self.costs.whole)
+        if position < self._plan.checkpointed or position >= depth:  # the latter was never measured
             self.calls["offloaded" if self._plan.offloads else "checkpointed"] += 1
             return checkpoint_fn(function, *args, **kwargs)
         if position >= self._plan.run_again:
@@ -115,6 +129,8 @@ class PlannedCheckpoint:
 
     def explain(self) -> str:
         """The plan of the longest row, and the figures that it was made from."""
+        if self._overlaps:
+            return "a forward began before the backward of the one before, so all layers were checkpointed from then on"
         if self._longest is None or self.costs is None:
             return "no step has shown yet what its layers hold, so all of them were checkpointed"
         tokens, room, plan = self._longest
@@ -133,6 +149,9 @@ class PlannedCheckpoint:
     def _begin(self, tokens: int, offload: bool) -> None:
         """A forward over rows of ``tokens`` tokens begins."""
         self._tokens = tokens
+        before = None if self._backward is None else self._backward()
+        self._overlaps |= before is not None and not before.is_done
+        self._backward = None
         found = self._measurement.costs() if self._measurement is not None else None
         if found is not None:
             # The first step is not like the others: kernels are loaded in it, and memory is allocated for good.
@@ -141,6 +160,10 @@ class PlannedCheckpoint:
             self._is_warm, self._measurement = True, None
         elif self._measurement is not None:
             self._measurement.abandon()
+        if self._overlaps:
+            # The first forward would take the memory that the others need: a plan for all of them is not known.
+            self._plan = replace(_STOCK, offloads=offload)
+            return
         if self.costs is None or len(self.costs.whole) < len(self._positions) or tokens > _LONGER * self.costs.tokens:
             checkpoint_fn = self.engine if offload else checkpoint
             self._plan, self._measurement = None, Measurement(self._gauge, tokens, checkpoint_fn, offloads=offload)
@@ -174,6 +197,25 @@ class PlannedCheckpoint:
         held = [*self.costs.products[:kept], *self.costs.whole[kept:]]
         self._shortfall += (sum(held[position:]) + max(held)) * self._tokens / self.costs.tokens
         self._plan = Plan(len(held), offloads=True)
+
+
+class _Backward:
+    """Lives as long as a forward's graph, and learns when the backward has come to its first layer."""
+
+    is_done = False
+
+    def finish(self, _: Tensor) -> None:
+        self.is_done = True
+
+
+def _await_backward(outputs: Any) -> weakref.ref[_Backward] | None:
+    """Watch the graph of a layer's outputs; None if they have none."""
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            backward = _Backward()
+            leaf.register_hook(backward.finish)
+            return weakref.ref(backward)
+    return None
 
 
 def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
