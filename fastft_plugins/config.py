@@ -62,13 +62,13 @@ class FastFTConfig:
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise FastFTConfigError(
-                f"max_tokens_per_batch={value!r} is not allowed; allowed: None (the trainer's own batches), or how many "
-                "tokens a batch may hold, an integer above 0, such as 8192"
+                f"max_tokens_per_batch={value!r} is not allowed; allowed: None (the trainer's own batches), or how "
+                "many tokens a batch may hold, an integer above 0, such as 8192"
             )
         if self.packing == "off":
             raise FastFTConfigError(
-                f"max_tokens_per_batch={value!r} is not allowed with packing='off': padded batches hold more than their "
-                "real tokens; allowed: None. Set packing='auto', or leave max_tokens_per_batch out"
+                f"max_tokens_per_batch={value!r} is not allowed with packing='off': padded batches hold more than "
+                "their real tokens; allowed: None. Set packing='auto', or leave max_tokens_per_batch out"
             )
 
     def mode(self, feature: str) -> Mode:

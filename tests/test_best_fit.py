@@ -72,11 +72,10 @@ def test_every_order_has_the_planned_number_of_batches(data, lengths, budget):
 
 def test_an_order_that_packs_worse_than_the_typical_one_is_packed_all_at_once(monkeypatch):
     monkeypatch.setattr("fastft_plugins.packing.best_fit.BUFFER", 2)
-    monkeypatch.setattr(best_fit, "__defaults__", (2,))
     lengths = [3] * 20 + [7] * 20
     mixed = [document for pair in zip(range(20), range(20, 40), strict=True) for document in pair]
     count = count_batches(mixed, lengths, 10)
-    assert count == 20 and len(list(best_fit(range(40), lengths.__getitem__, 10))) > count
+    assert count == 20 and len(list(best_fit(range(40), lengths.__getitem__, 10, 2))) > count
     batches = plan(range(40), lengths, 10, count)
     assert len(batches) == count
     assert_holds(batches, range(40), lengths, 10)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset, RandomSampler, Sampler
 
 from fastft_plugins.errors import FastFTError
-from fastft_plugins.packing.best_fit import best_fit, count_batches, plan
+from fastft_plugins.packing.best_fit import BUFFER, best_fit, count_batches, plan
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -52,7 +52,7 @@ class TokenBatchSampler(Sampler[list[int]]):
 
 
 def _typical_order(sampler: Iterable[int], count: int) -> list[int]:
-    """An order like those of ``sampler``, which is not asked: it may draw from the generator that training goes on with."""
+    """An order like those of ``sampler``; asked itself, it might draw from the generator that training goes on with."""
     if isinstance(sampler, RandomSampler):
         return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     return list(range(count))
@@ -74,7 +74,7 @@ class TokenBatchStream(IterableDataset[list[Any]]):
         self._max_tokens = max_tokens
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return best_fit(self.rows, tokens_of, self._max_tokens)
+        return best_fit(self.rows, tokens_of, self._max_tokens, BUFFER)
 
     def set_epoch(self, epoch: int) -> None:
         """Hand the epoch on to a stream that shuffles by it."""

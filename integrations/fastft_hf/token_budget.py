@@ -73,7 +73,9 @@ def _with_budget(run: Run, loader: Any) -> Any:
     except Declined as declined:
         decline_token_budget(run, str(declined))
         return loader
-    note = f"batches hold up to {budget:,} tokens in place of {run.target.trainer._train_batch_size} documents: {batches}"
+    note = (
+        f"batches hold up to {budget:,} tokens in place of {run.target.trainer._train_batch_size} documents: {batches}"
+    )
     if note not in entry.changes:
         entry.changes.append(note)
     return made
