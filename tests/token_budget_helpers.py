@@ -49,9 +49,10 @@ class Replay(Trainer):
     groups: list[list[list[int]]]
 
     def get_train_dataloader(self) -> DataLoader:
-        sampler = _Groups(self.groups)
-        loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(self.unprepared())
+
+    def unprepared(self) -> DataLoader:
+        return DataLoader(self.train_dataset, batch_sampler=_Groups(self.groups), collate_fn=self.data_collator)
 
 
 class _Groups:

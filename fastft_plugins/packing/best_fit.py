@@ -11,9 +11,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# Documents that wait at most. More of them gain little, and take documents further from their place: with lengths spread
-# evenly over their logarithm from 64 tokens to a batch's 4,096, a buffer of 30 fills batches to 99.5 %, 300 to 99.7 %,
-# 3,000 to 99.8 % and all 20,000 documents at once to 99.9 %; documents as they come, to 78.7 %.
+# Documents that wait at most. More of them gain little, and take documents further from their place: with lengths
+# spread evenly over their logarithm from 64 tokens to a batch's 4,096, a buffer of 30 fills batches to 99.5 %, 300 to
+# 99.7 %, 3,000 to 99.8 % and all 20,000 documents at once to 99.9 %; documents as they come, to 78.7 %.
 BUFFER = 300
 
 
