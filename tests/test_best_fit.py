@@ -70,7 +70,7 @@ def test_every_order_has_the_planned_number_of_batches(data, lengths, budget):
         assert_holds(batches, documents, lengths, budget)
 
 
-def test_an_order_that_packs_worse_than_the_typical_one_is_packed_all_at_once(monkeypatch):
+def test_an_order_that_packs_worse_than_the_typical_one_gets_a_larger_buffer(monkeypatch):
     monkeypatch.setattr("fastft_plugins.packing.best_fit.BUFFER", 2)
     lengths = [3] * 20 + [7] * 20
     mixed = [document for pair in zip(range(20), range(20, 40), strict=True) for document in pair]
@@ -79,6 +79,13 @@ def test_an_order_that_packs_worse_than_the_typical_one_is_packed_all_at_once(mo
     batches = plan(range(40), lengths, 10, count)
     assert len(batches) == count
     assert_holds(batches, range(40), lengths, 10)
+
+
+def test_an_order_that_packs_worse_with_any_buffer_is_sorted():
+    lengths = [2, 6, 4, 3, 4]
+    count = count_batches([1, 2, 4, 3, 0], lengths, 10)
+    assert count == 2 and len(list(best_fit(range(5), lengths.__getitem__, 10, 5))) == 3
+    assert plan(range(5), lengths, 10, count) == [[4, 3, 0], [1, 2]]
 
 
 @settings(deadline=None)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hf_helpers import documents, make_trainer, tiny_model
 from lightning_helpers import Module, loader
 from lightning_helpers import make_trainer as lightning_trainer
@@ -18,9 +19,11 @@ from test_hf_lifecycle import FailAt, assert_nothing_is_left
 from token_budget_helpers import BUDGET, EPOCHS, NOT_DISPATCHED, Recorder, Stream, budget_trainer
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
+from transformers.trainer import DEFAULT_CALLBACKS
 from trl_helpers import dpo_trainer, sft_trainer
 from trl_helpers import tokens as trl_tokens
 
+from fastft_hf.auto import AutoCallback
 from fastft_lightning import FastFTLightningCallback
 from fastft_plugins import FastFTCallback, FastFTConfig, FastFTConfigError, FastFTError, apply
 from fastft_plugins.run import active_run
@@ -221,6 +224,15 @@ def test_trls_flag(tmp_path, options):
     packing = report_of(trainer).features["packing"]
     assert packing.metrics["documents"] == 96 and packing.metrics["packed_batches"] == 22
     assert trainer.state.global_step == trainer.state.max_steps == 22
+
+
+def test_scripts_that_know_nothing_of_it(tmp_path, monkeypatch):
+    """Under `fastft run --config max_tokens_per_batch=64`."""
+    monkeypatch.setenv("FASTFT_CONFIG", '{"max_tokens_per_batch": 64}')
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*DEFAULT_CALLBACKS, AutoCallback])
+    trainer = make_trainer(tmp_path, tiny_model(), **EPOCHS)
+    trainer.train()
+    assert trainer.callback_handler.callbacks[-1].report.features["packing"].metrics["packed_batches"] == 22
 
 
 def test_trls_losses_over_whole_sequences_keep_their_batches(tmp_path):
