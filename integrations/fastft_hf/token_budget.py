@@ -88,7 +88,8 @@ def _by_tokens(loader: Any, budget: int, trainer: Trainer) -> tuple[DataLoaderSh
             "one process reads the stream and dispatches rows; set accelerator_config={'dispatch_batches': False}"
         )
     if type(loader) is not DataLoaderShard or type(loader.base_dataloader) is not DataLoader:
-        raise Declined(f"the train dataloader is a {type(loader).__name__} of its own kind")
+        base = getattr(loader, "base_dataloader", loader)
+        raise Declined(f"the train dataloader is a {type(base).__name__}, which only its own kind can make anew")
     base = loader.base_dataloader
     if isinstance(base.dataset, IterableDataset):
         return _stream(loader, budget, trainer), "as many as the stream fills"
