@@ -26,6 +26,10 @@ class FastFTConfig:
 
     ``memory_budget`` is the device memory that checkpointing may let tensors take in all: ``"auto"`` (what is there,
     less some head-room), bytes as an integer, or a fraction of the device's memory, above 0.0 and at most 1.0.
+
+    ``max_tokens_per_batch`` lets transformers' Trainer fill each packed batch with documents up to that many real
+    tokens, in place of ``per_device_train_batch_size`` documents; None keeps the Trainer's own batches. A document that
+    is longer has a batch of its own.
     """
 
     packing: Mode | bool = "auto"
@@ -33,6 +37,7 @@ class FastFTConfig:
     moe: Mode | bool = "auto"
     strict: bool = False
     memory_budget: int | float | str = "auto"
+    max_tokens_per_batch: int | None = None
 
     def __post_init__(self) -> None:
         for feature in FEATURES:
@@ -48,6 +53,22 @@ class FastFTConfig:
             raise FastFTConfigError(
                 f"memory_budget={self.memory_budget!r} is not allowed; allowed: 'auto', a number of bytes (an integer "
                 "above 0), or a fraction of the device's memory (above 0.0, at most 1.0)"
+            )
+        self._check_max_tokens()
+
+    def _check_max_tokens(self) -> None:
+        value = self.max_tokens_per_batch
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise FastFTConfigError(
+                f"max_tokens_per_batch={value!r} is not allowed; allowed: None (the trainer's own batches), or how "
+                "many tokens a batch may hold, an integer above 0, such as 8192"
+            )
+        if self.packing == "off":
+            raise FastFTConfigError(
+                f"max_tokens_per_batch={value!r} is not allowed with packing='off': padded batches hold more than "
+                "their real tokens; allowed: None. Set packing='auto', or leave max_tokens_per_batch out"
             )
 
     def mode(self, feature: str) -> Mode:

@@ -29,7 +29,8 @@ class Target:
     model: nn.Module
     trainer: Any = None
     framework: str = "torch"
-    train_dataloader: Any = None  # the one about to be iterated, where training has already begun
+    train_dataloader: Any = None  # the one about to be iterated, where the trainer has made it
+    in_training: bool = False  # the trainer has begun: it has made its model and switched checkpointing on
     # For a trainer that gets its model only when it trains: called with the run in place of the features, and sees to
     # it that a run on that model starts then. ``model`` is a stand-in.
     hand_over: Callable[[Run], None] | None = None
@@ -65,6 +66,7 @@ class Run:
         self.ledger = Ledger()
         self.wrap_collator: Callable[..., Any] | None = None  # set by the packing feature, refined by adapters
         self.has_given_collator = False
+        self.token_budget: int | None = None  # set by an adapter whose batches hold max_tokens_per_batch
         self._features: list[Feature] = []
         weakref.finalize(self, self.ledger.close).atexit = False
 
@@ -168,9 +170,11 @@ class Run:
         entry.enabled, entry.reason = False, str(declined)
         self._refuse(name, declined)
 
-    def fall_short(self, name: str, declined: Declined) -> None:
+    def fall_short(
+        self, name: str, declined: Declined, warning: str = "is not on everywhere, training is stock where not"
+    ) -> None:
         """A feature that stays on cannot serve all of the training: warn, and raise if it was asked for."""
-        self._refuse(name, declined, "has to leave something out", "is not on everywhere, training is stock where not")
+        self._refuse(name, declined, "has to leave something out", warning)
 
     def _start_features(self) -> None:
         offered: dict[str, Feature] = {}

@@ -26,6 +26,7 @@ def test_defaults() -> None:
     assert FastFTConfig().to_dict() == {"packing": "auto", "checkpointing": "auto", "moe": "auto"} | {
         "strict": False,
         "memory_budget": "auto",
+        "max_tokens_per_batch": None,
     }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft_plugins.errors import Declined
 from fastft_plugins.packing.metadata import PackedMetadata
+from fastft_plugins.packing.token_budget import measure_token_budget
 
 if TYPE_CHECKING:
     from fastft_plugins.run import Run
@@ -64,6 +65,7 @@ def count_packed(run: Run, metadata: PackedMetadata) -> None:
         metrics[name] = metrics.get(name, 0) + value
     padded = metrics["tokens"] + metrics["padding_removed"]
     metrics["padding_share"] = metrics["padding_removed"] / padded
+    measure_token_budget(run, metadata)
 
 
 def count_unpacked(run: Run, reason: str, batch: object | None, *, complain: bool = True) -> None:

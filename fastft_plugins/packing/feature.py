@@ -10,6 +10,7 @@ from fastft_plugins.kernels.dispatch import choices, forget
 from fastft_plugins.packing.collator import PaddingFreeCollator
 from fastft_plugins.packing.counting import BatchCount, count_of
 from fastft_plugins.packing.guard import refuse_packed_batches
+from fastft_plugins.packing.token_budget import decline_token_budget
 
 if TYPE_CHECKING:
     from fastft_plugins.report import FeatureReport
@@ -29,11 +30,15 @@ class PackingFeature:
         run.wrap_collator = partial(PaddingFreeCollator, flash_arguments=False)
         changes = run.call("fastft_inject_metadata", wrap_collator=PaddingFreeCollator)
         run.report.features[self.name].changes.extend(changes)
+        if run.config.max_tokens_per_batch is not None and run.token_budget is None:
+            decline_token_budget(run, "only transformers' Trainer, TRL's included, lets fastft form its batches")
         return "batches are packed without padding, loss and gradients stay those of the padded run"
 
     def stay_off(self, run: Run) -> None:
         """See `fastft_plugins.run.Feature`."""
         refuse_packed_batches(run)
+        if run.config.max_tokens_per_batch is not None:
+            decline_token_budget(run, "packing is off in this run")
 
     def stop(self, run: Run) -> None:
         """See `fastft_plugins.run.Feature`."""

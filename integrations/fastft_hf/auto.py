@@ -27,6 +27,8 @@ class AutoCallback(FastFTCallback):
         *others, _ = trainer.callback_handler.callbacks
         if any(isinstance(other, FastFTCallback) and other.is_asked_for(args) for other in others):
             trainer.callback_handler.callbacks = others
+            return
+        super().on_init_end(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastft_hf import trainer as hf_trainer
+from fastft_hf.around_loop import stand_around_loop
 from fastft_plugins.config import FastFTConfig
 from fastft_plugins.errors import FastFTError
 from fastft_plugins.report import Report
@@ -37,12 +39,38 @@ class FastFTCallback(TrainerCallback):
         self.report = Report()
         self._run: Run | None = None
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Prepare for what `on_train_begin` would be too late for: batches by tokens change the number of steps."""
+        trainer = hf_trainer.find_trainer(self) if self.config.max_tokens_per_batch is not None else None
+        if trainer is not None:
+            stand_around_loop(trainer, self)
+
+    @contextlib.contextmanager
+    def run_around(self, trainer: Any) -> Iterator[None]:
+        """A run from before the Trainer makes its train dataloader to the end of its training."""
+        self._check_that_it_is_free(trainer)
+        self._stop()
+        if joinable_run(trainer.model, trainer) is not None:  # an apply() around train(): joined in on_train_begin
+            yield
+            return
+        run = self._begin(Target(trainer.model, trainer, "transformers", in_training=True))
+        try:
+            yield
+        except BaseException as error:
+            run.stop(error)
+            raise
+        finally:
+            self._stop()
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the run. Called again without an end after an exception or an out-of-memory retry: starts afresh."""
         trainer = hf_trainer.find_trainer(self)
         self._check_that_it_is_free(trainer)
+        if self._is_around(trainer):
+            self._announce(state)
+            return
         self._stop()
         model = kwargs["model"] if trainer is None else trainer.model
         outer = joinable_run(model, trainer)
@@ -50,25 +78,34 @@ class FastFTCallback(TrainerCallback):
             outer.join(self.config)
             self.report = outer.report
             return
-        target = Target(model, trainer, "transformers", kwargs.get("train_dataloader"))
-        self._run = Run(target, self.config, is_orphan=trainer is None)
-        self.report = self._run.report
-        self._run.start()
+        run = self._begin(Target(model, trainer, "transformers", kwargs.get("train_dataloader"), in_training=True))
         if trainer is not None:
-            hf_trainer.guard(self._run, trainer, self)
-        if state.is_world_process_zero:
-            logger.info("%s", self.report)
+            hf_trainer.guard(run, trainer, self)
+        self._announce(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stop()
-        if state.is_world_process_zero:
-            logger.info("%s", self.report)
+        self._announce(state)
 
     def is_asked_for(self, args: TrainingArguments) -> bool:
         """Whether whoever wrote the Trainer wants this callback to act; a default one may be there without that."""
         return True
+
+    def _begin(self, target: Target) -> Run:
+        self._run = Run(target, self.config, is_orphan=target.trainer is None)
+        self.report = self._run.report
+        return self._run.start()
+
+    def _is_around(self, trainer: Any) -> bool:
+        """Whether `run_around` has begun the run of this training, which sees to its end as well."""
+        run = self._run
+        return run is not None and run.active and run.target.trainer is trainer and run.target.train_dataloader is None
+
+    def _announce(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            logger.info("%s", self.report)
 
     def _check_that_it_is_free(self, trainer: Any) -> None:
         """Raise if the run of another Trainer is still going on: one report cannot be that of both."""

@@ -28,7 +28,7 @@ def inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
     args = getattr(run.target.trainer, "args", None)
     if getattr(args, "activation_offloading", False):
         raise Declined("activation_offloading=True: TRL's own offloading copies all that is saved")
-    if any(getattr(args, name, False) for name in _NAMES) and run.target.train_dataloader is None:
+    if any(getattr(args, name, False) for name in _NAMES) and not run.target.in_training:
         return _inject_later(run, checkpoint_fn)
     return _inject(run, checkpoint_fn)
 

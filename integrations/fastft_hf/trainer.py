@@ -11,6 +11,7 @@ from typing import Any
 from transformers import Trainer
 
 from fastft_hf import foreign
+from fastft_hf.token_budget import inject_token_budget
 from fastft_plugins.errors import Declined
 from fastft_plugins.packing.dataloader import wrap_dataloader
 from fastft_plugins.run import Run
@@ -90,6 +91,8 @@ def inject_collator(run: Run, wrap_collator: Callable[[Any], Any]) -> str:
     """Wrap the collator of the train dataloader: of the one given, or of each one the Trainer will make."""
     trainer = run.target.trainer
     _check_loss(trainer)
+    if run.config.max_tokens_per_batch is not None:
+        inject_token_budget(run)  # before the collator's: its loader is the one to be wrapped
     if run.target.train_dataloader is not None:
         _wrap(run, run.target.train_dataloader, wrap_collator)
         return _WRAPPED

@@ -21,6 +21,8 @@ class FlagCallback(FastFTCallback):
         trainer = find_trainer(self) if _is_set(args) else None
         if trainer is not None:
             move_last(self, trainer)
+            self.config = FastFTConfig.coerce(args.fastft_config)
+            super().on_init_end(args, state, control, **kwargs)
 
     def is_asked_for(self, args: TrainingArguments) -> bool:
         return _is_set(args)
