@@ -63,9 +63,11 @@ def test_closing_frees_what_is_free_and_later_what_is_in_use() -> None:
     one, two = pool.take(MB), pool.take(MB)
     assert one is not None and two is not None
     pool.give_back(one)
+    del one
     pool.close()
     assert transfer.live == [MB]
     pool.give_back(two)
+    del two
     assert transfer.live == [] and pool.allocated == 0
 
 

@@ -58,7 +58,17 @@ def storing_products(
     return _Storing(stored, count), _LookingUp(stored)
 
 
-class CountProducts(TorchDispatchMode):
+class _ProductMode(TorchDispatchMode):
+    """Sees operations, but not those that compiled functions are made of: under other modes they would not compile."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+class CountProducts(_ProductMode):
     """Counts the products computed inside, and the bytes of their outputs."""
 
     def __init__(self) -> None:
@@ -74,7 +84,7 @@ class CountProducts(TorchDispatchMode):
         return outputs
 
 
-class _Storing(TorchDispatchMode):
+class _Storing(_ProductMode):
     def __init__(self, stored: list[tuple[Any, Any, Any]], count: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._stored, self._count = stored, count
@@ -87,7 +97,7 @@ class _Storing(TorchDispatchMode):
         return outputs
 
 
-class _LookingUp(TorchDispatchMode):
+class _LookingUp(_ProductMode):
     def __init__(self, stored: list[tuple[Any, Any, Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._stored, self._next = stored, 0
