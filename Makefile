@@ -8,6 +8,8 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m1 GPU)
 # Without a GPU, pin the torch and triton that belong together; with one, the newest CUDA build is wanted.
 CONSTRAINTS := $(if $(GPU),,-c constraints/cpu.txt)
 MARKS := $(if $(GPU),,-m "not gpu")
+# The tests of a file share fixtures. Tests on a GPU measure its memory and time, so they run one after the other.
+WORKERS := $(if $(GPU),,-n 2 --dist loadfile)
 
 .PHONY: demo test lint venv bench clean help
 
@@ -15,7 +17,7 @@ demo: venv ## a real model on real data, stock and with fastft, side by side
 	$(BIN)/fastft demo $(ARGS)
 
 test: venv ## every test that this machine can run
-	$(BIN)/python -m pytest -q $(MARKS) $(ARGS)
+	$(BIN)/python -m pytest -q $(MARKS) $(WORKERS) $(ARGS)
 
 lint: venv ## style and types
 	$(BIN)/ruff check .

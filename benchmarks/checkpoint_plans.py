@@ -16,7 +16,7 @@ from fastft_hf.adapter_first import AdaptersFirst
 from fastft_plugins.checkpointing import OffloadCheckpoint
 from fastft_plugins.checkpointing.gauge import make_gauge
 from fastft_plugins.checkpointing.planned import PlannedCheckpoint
-from fastft_plugins.checkpointing.products import storing_products
+from fastft_plugins.checkpointing.products import LayerProducts
 
 Function = Callable[..., Any]
 
@@ -84,7 +84,7 @@ class Plans:
         if kind == "keep":
             return ours if index < len(self.layers) - int(number) else None
         if name in ("products", "products+offload"):
-            return functools.partial(early if name == "products" else ours, context_fn=storing_products)
+            return functools.partial(early if name == "products" else ours, context_fn=LayerProducts().contexts)
         raise ValueError(f"{name!r} is no plan; known: {', '.join(self.names)}")
 
 

@@ -12,8 +12,10 @@ from hf_helpers import tiny_model
 from lazy_transfer import LazyTransfer
 from test_checkpointing_hf import ONLY, lazy, room  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.shapes import enable_checkpointing
+from fastft_hf.adapter_first import AdaptersFirst
 from fastft_plugins import apply
 
 peft = pytest.importorskip("peft")
@@ -185,3 +187,35 @@ def test_copies_of_the_model_are_stock(lazy):  # noqa: F811
     got, _ = step(copied)
     assert_equal(got, expected)
     assert isinstance(lazy, LazyTransfer)
+
+
+def test_an_input_that_something_else_uses_keeps_its_order():
+    """Three gradients would be added up in another order."""
+
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False)
+
+        def forward(self, x):
+            hidden = torch.nn.functional.silu(self.up(x))
+            return self.down(hidden) * torch.sigmoid(hidden) + hidden
+
+    def gradients_of(checkpoint_fn):
+        torch.manual_seed(3)
+        model.zero_grad()
+        out = torch.randn(16, 64)
+        for layer in model.base_model.model:
+            out = checkpoint_fn(layer, out, use_reentrant=False)
+        out.square().sum().backward()
+        return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+    config = peft.LoraConfig(r=8, target_modules=["up", "down"])
+    model = peft.get_peft_model(torch.nn.Sequential(*(Gated() for _ in range(3))), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    expected = {name: grad.clone() for name, grad in gradients_of(checkpoint).items()}
+    ours = AdaptersFirst(checkpoint)
+    for _ in range(3):
+        assert_equal(gradients_of(ours), expected)

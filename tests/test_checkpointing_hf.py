@@ -98,7 +98,7 @@ def test_a_loop_of_ones_own_gets_the_same_gradients_and_its_model_back(lazy):
     with apply(model, ONLY) as run:
         for _ in range(4):
             assert_equal(step(model), expected)
-        assert all(function.func is not checkpoint for function in functions(model).values())
+        assert all(functions(model)[name] is not function for name, function in before.items())
         assert len(lazy.live) == 3
     assert functions(model) == before
     assert lazy.live == [] and not lazy.corrupted
@@ -230,24 +230,42 @@ def test_trainers_of_other_ways_do_not_begin(switch, options, reason, lazy, tmp_
     assert trainer.state.global_step == 0 and lazy.copies == 0
 
 
-def test_auto_is_on_where_there_is_other_memory(lazy):
-    model = checkpointed_model()
-    with apply(model, AUTO) as run:
-        for _ in range(3):
-            step(model)
-    assert run.report.features["checkpointing"].enabled and lazy.copies
-
-
-def test_auto_leaves_reentrant_checkpointing_alone_and_says_how_to_change_that(lazy, caplog):
+@pytest.mark.parametrize("keywords", [{"use_reentrant": False}, {"use_reentrant": True}])
+def test_auto_leaves_it_off_and_says_so_in_the_report_alone(keywords, lazy, caplog):
     model = tiny_model().train()
-    enable_checkpointing(model, {"use_reentrant": True})
+    enable_checkpointing(model, keywords)
     before = functions(model)
-    with apply(model, AUTO) as run:
+    with apply(model, AUTO | {"strict": True}) as run:
         step(model)
         assert functions(model) == before
     entry = run.report.features["checkpointing"]
-    assert not entry.enabled and "gradient_checkpointing_kwargs={'use_reentrant': False}" in entry.reason
-    assert "use_reentrant" in caplog.text and lazy.copies == 0
+    assert not entry.enabled and "checkpointing='on' switches it on" in entry.reason
+    assert not caplog.records and lazy.copies == 0
+
+
+def test_a_copy_of_a_model_that_offloads_is_stock(lazy, room):
+    model = checkpointed_model(offload=True)
+    with apply(model, ONLY):
+        copied = functions(copy.deepcopy(model))
+    for function in copied.values():
+        assert function.func is checkpoint and function.keywords.keys() <= {"use_reentrant"}
+
+
+def test_training_twice_in_a_block_leaves_no_notes(lazy, tmp_path):
+    trainer = make_trainer(tmp_path, tiny_model(), **OPTIONS)
+    with apply(trainer, ONLY) as run:
+        trainer.train()
+        trainer.train()
+    assert run.report.features["checkpointing"].enabled and not run.report.notes
+    assert all(function.func is checkpoint for function in functions(trainer.model).values())
+
+
+def test_data_parallel_is_declined(lazy):
+    with (
+        pytest.raises(FastFTError, match="one process per GPU"),
+        apply(torch.nn.DataParallel(checkpointed_model()), ONLY),
+    ):
+        pass
 
 
 def test_without_a_gpu_auto_says_so_and_on_is_an_error(caplog):

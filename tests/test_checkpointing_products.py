@@ -17,10 +17,26 @@ from torch.utils.checkpoint import checkpoint
 
 from fastft_plugins.checkpointing import measurement as measurement_module
 from fastft_plugins.checkpointing import products as products_module
-from fastft_plugins.checkpointing.products import MIN_WIDTH, storing_products
+from fastft_plugins.checkpointing.products import MIN_WIDTH, LayerProducts
 
 DEPTH, WIDTH, ROWS = 4, MIN_WIDTH, 2048
-storing = functools.partial(checkpoint, use_reentrant=False, context_fn=storing_products)
+plain = functools.partial(checkpoint, use_reentrant=False)
+
+
+class Storing:
+    """Stores the products of each layer; the first call of a layer finds out which can be looked up."""
+
+    def __init__(self):
+        self.layers = {}
+
+    def __call__(self, layer, *args):
+        products = self.layers.setdefault(layer, LayerProducts())
+        return checkpoint(layer, *args, use_reentrant=False, context_fn=products.contexts)
+
+
+@pytest.fixture
+def storing():
+    return Storing()
 
 
 class PatientHost(SimulatedDevice):
@@ -92,20 +108,19 @@ def blocks():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("runs", [1, 2])
-def test_the_same_gradients_with_fewer_products(blocks, runs, dropout):
+def test_the_same_gradients_with_fewer_products(blocks, runs, dropout, storing):
     model, x = blocks
     for block in model:
         block.dropout = dropout
-    plain = functools.partial(checkpoint, use_reentrant=False)
     found, products = [], []
-    for checkpoint_fn in (plain, storing):
+    for checkpoint_fn in (plain, storing, storing, storing):
         with CountOperations() as counted:
             found.append(train(model, checkpoint_fn, x, runs))
         products.append(counted.calls[torch.ops.aten.addmm.default])
-    assert_same(*found)
-    # Of each block's six products, the narrow one is computed again, and the last of it is never asked for.
-    forward, again = 3 * 6, 3 * 6
-    assert products[0] - products[1] >= runs * 3 * 3 and products[1] < forward + runs * again
+    for ours in found[1:]:
+        assert_same(ours, found[0])
+    # At first all is computed, then q, k, v and o of each block are looked up; in a second backward nothing is.
+    assert products[1] == products[0] and products[2] == products[3] == products[0] - 3 * 4
 
 
 def test_attention_is_stored_only_where_it_draws_no_random_numbers():
@@ -117,36 +132,110 @@ def test_attention_is_stored_only_where_it_draws_no_random_numbers():
     assert not products_module.is_product(draws, (q, q, q), {"dropout_p": 0.1})
 
 
-def test_what_was_changed_in_place_is_computed_again():
-    layer = nn.Linear(WIDTH, WIDTH)
-
-    def changes(x):
-        return layer(layer(x).mul_(2).add_(1)).sin()
-
-    found = []
-    for checkpoint_fn in (functools.partial(checkpoint, use_reentrant=False), storing):
-        layer.zero_grad()
-        x = torch.ones(3, WIDTH, requires_grad=True)
-        checkpoint_fn(changes, x).sum().backward()
-        found.append(gradients(layer, x))
-    assert_same(*found)
+LINEAR = nn.Linear(WIDTH, WIDTH)
+WITHOUT_BIAS = nn.Linear(WIDTH, WIDTH, bias=False)
 
 
-def test_only_so_many_products_are_stored(blocks):
-    model, x = blocks
-    computed = []
-    for count in (0, 2, 4):
-        with CountOperations() as counted:
-            train(model, functools.partial(storing, context_fn=functools.partial(storing_products, count)), x)
-        computed.append(counted.calls[torch.ops.aten.addmm.default])
-    # The fourth is attention.
-    assert (computed[0] - computed[1], computed[1] - computed[2]) == (2 * 3, 1 * 3)
+def changed(x):
+    return LINEAR(LINEAR(x).mul_(2).add_(1)).sin()
 
 
-def test_stored_products_die_with_their_layers_backward(blocks):
+def changed_through_a_view(x):
+    """In rows of three dimensions the product without a bias is behind a view that counts versions by itself."""
+    out = WITHOUT_BIAS(x)
+    out += x
+    return WITHOUT_BIAS(out.tanh() * out)
+
+
+def changed_by_nothing_at_first(x):
+    """As LoRA, whose update begins at zero: what the first step shows is not enough."""
+    out = WITHOUT_BIAS(x)
+    out += x * SCALE
+    return WITHOUT_BIAS(out.tanh() * out)
+
+
+def scores(x):
+    products = x @ x.transpose(-1, -2)
+    products /= 16
+    return products.softmax(-1) @ x
+
+
+class Rotate(torch.autograd.Function):
+    """Writes over its input without telling, as some kernels do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.Python, True):
+            numpy_view(x)[...] *= -1
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def numpy_view(x):
+    return x.detach().numpy()
+
+
+def changed_by_a_kernel(x):
+    return WITHOUT_BIAS(Rotate.apply(WITHOUT_BIAS(x)).tanh())
+
+
+SCALE = torch.zeros(())
+
+
+@pytest.mark.parametrize(
+    "function", [changed, changed_through_a_view, changed_by_nothing_at_first, scores, changed_by_a_kernel]
+)
+def test_what_was_changed_in_place_is_computed_again(function, storing):
+    found, x = {}, torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    for step in range(4):
+        SCALE.fill_(float(step > 1))
+        for checkpoint_fn in (plain, storing):
+            for each in (x, *LINEAR.parameters(), *WITHOUT_BIAS.parameters()):
+                each.grad = None
+            checkpoint_fn(function, x).square().sum().backward()
+            found[checkpoint_fn] = [each.grad for each in (x, *LINEAR.parameters(), *WITHOUT_BIAS.parameters())]
+        assert_same(found[storing], found[plain])
+
+
+def test_what_the_recompute_does_not_come_to_is_not_stored_again(storing):
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)), torch.ones(3, WIDTH)
+    held, x = [], x.requires_grad_()
+    for checkpoint_fn in (plain, storing, storing):
+        device = SimulatedDevice()
+        with device:
+            out = checkpoint_fn(model, x)
+            held.append(device.allocated() / x.nbytes)
+            out.sum().backward()
+    assert [size - held[0] for size in held] == [0, 1, 1]  # one product, and the output, which is the other
+
+
+def test_another_path_through_the_layer_looks_nothing_up(storing):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x, count):
+            for layer in list(self.layers)[-count:]:
+                x = layer(x).sin()
+            return x
+
+    model, x, found = Branches(), torch.ones(3, WIDTH, requires_grad=True), {}
+    for count in (2, 2, 3, 1, 2):
+        for checkpoint_fn in (plain, storing):
+            model.zero_grad()
+            checkpoint_fn(model, x, count).sum().backward()
+            found[checkpoint_fn] = gradients(model)
+        assert_same(found[storing], found[plain])
+
+
+def test_stored_products_die_with_their_layers_backward(blocks, storing):
     model, x = blocks
     held = []
-    for checkpoint_fn in (functools.partial(checkpoint, use_reentrant=False), storing):
+    for checkpoint_fn in (plain, storing):
         model.zero_grad()
         device = SimulatedDevice()
         with device:
@@ -155,7 +244,7 @@ def test_stored_products_die_with_their_layers_backward(blocks):
             out.sum().backward()
             del out
             held.append(device.allocated())
-    assert held[2] >= held[0] + 4 * x.nbytes and held[3] == held[1]
+    assert held[2] >= held[0] + 3 * x.nbytes and held[3] < held[1] + 64  # a few flags
 
 
 def wide_steps(device, checkpoint_fn, steps):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fastft_plugins.checkpointing.handle import Handle, Lane
 from fastft_plugins.kernels import transfer
 from fastft_plugins.kernels.host_memory import fair_share
+from fastft_plugins.kernels.pinned import rounded
 
 _ALIGNMENT = 16  # bytes: kernels may add in another order where memory begins at odd places
 
@@ -56,6 +57,12 @@ class OffloadCheckpoint:
         # On the input's device, which is where torch looks for the random state to keep.
         stand_in = args[0].detach().new_empty(0)
         return checkpoint(with_input, stand_in, *args[1:], use_reentrant=False, **kwargs)
+
+    def holds(self, nbytes: int, calls: int) -> bool:
+        """Whether the inputs of so many calls, of ``nbytes`` each, are to be offloaded and have room in the budget."""
+        budgets = [lane.pool.budget for lane in self._lanes.values()]
+        budget = min(budgets) if budgets else self._new_budget()
+        return nbytes >= self.min_bytes and calls * rounded(nbytes) <= budget
 
     def close(self) -> None:
         """Free the host memory, that of graphs that are still alive when they die."""
@@ -115,9 +122,11 @@ class OffloadCheckpoint:
 
     def _lane(self, device: torch.device) -> Lane:
         if device not in self._lanes:
-            budget = fair_share() if self.budget is None else self.budget
-            self._lanes[device] = Lane(transfer.make_transfer(device), budget)
+            self._lanes[device] = Lane(transfer.make_transfer(device), self._new_budget())
         return self._lanes[device]
+
+    def _new_budget(self) -> int:
+        return fair_share() if self.budget is None else self.budget
 
 
 def may_offload() -> bool:

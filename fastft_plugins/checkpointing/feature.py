@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastft_plugins.run import Run
 
 _REASON = "what there is memory for is kept or stored, the rest is computed again as in stock checkpointing"
+_NEW = "it is new, and chosen only where it is asked for: checkpointing='on' switches it on"
 _SHARDED = "the parameters are sharded (FSDP, ZeRO-3), and ranks that run other layers again would wait for each other"
 
 
@@ -39,10 +40,12 @@ class CheckpointingFeature:
         reason = transfer.why_no_transfer(device)
         if reason is not None:
             raise NothingToWin(reason)
+        if run.config.mode(self.name) == "auto":
+            raise NothingToWin(_NEW)
         if any(_is_sharded(parameter) for parameter in run.model.parameters()):
             raise Declined(_SHARDED)
         gauge = make_gauge(device, run.config.memory_budget)
-        self._checkpoint = PlannedCheckpoint(gauge, OffloadCheckpoint())
+        self._checkpoint = PlannedCheckpoint(gauge, OffloadCheckpoint(), run.model)
         changes = run.call("fastft_inject_reloader", checkpoint_fn=self._checkpoint)
         run.report.features[self.name].changes.extend(changes)
         run.ledger.record("the host memory of checkpoints", self._checkpoint.close)
@@ -55,7 +58,7 @@ class CheckpointingFeature:
         entry.metrics.update(planned.metrics())
         entry.changes.append(planned.explain())
         for reason, calls in planned.engine.kept.most_common():
-            entry.changes.append(f"{calls:,} calls with stock checkpointing: {reason}")
+            entry.changes.append(f"{calls:,} inputs of layers stayed on the GPU: {reason}")
         if entry.enabled and not planned.calls["kept"] + planned.calls["stored"] and not planned.engine.offloaded:
             entry.enabled, entry.reason = False, "nothing was kept, stored or offloaded, as in stock checkpointing"
 

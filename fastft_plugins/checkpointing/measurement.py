@@ -31,10 +31,23 @@ class Measurement:
 
     Args:
         checkpoint_fn: torch's checkpoint, or one that offloads the inputs, if ``offloads``.
+        length: of the rows that the tokens are in.
+        to_come: bytes of gradients that its backward makes.
     """
 
-    def __init__(self, gauge: Gauge, tokens: int, checkpoint_fn: Callable[..., Any], *, offloads: bool) -> None:
+    def __init__(
+        self,
+        gauge: Gauge,
+        tokens: int,
+        checkpoint_fn: Callable[..., Any],
+        *,
+        offloads: bool,
+        length: int,
+        to_come: int,
+    ) -> None:
         self.tokens = tokens
+        self.length = length
+        self.to_come = to_come
         self._gauge = gauge
         self._checkpoint = checkpoint_fn
         self._offloads = offloads
@@ -52,7 +65,15 @@ class Measurement:
         gauge.restart_peak()
         self._before = gauge.allocated()
 
-    def run(self, position: int, layer: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(
+        self,
+        position: int,
+        layer: nn.Module,
+        function: Callable[..., Any],
+        *args: Any,
+        stores_products: bool,
+        **kwargs: Any,
+    ) -> Any:
         """Checkpoint ``function``, a call of the ``layer`` at ``position`` with its input as the first argument."""
         self._copies[position] = _autocast_copies(layer, args[0].device.type)
         is_recompute = False
@@ -63,7 +84,7 @@ class Measurement:
             self._enter_backward(position)
             before = self._gauge.allocated()
             try:
-                if has_compiled:  # under a mode of ours, torch would not run what it has compiled
+                if not stores_products:
                     return function(*inputs, **named)
                 with self._products.setdefault(position, CountProducts()):
                     return function(*inputs, **named)
@@ -71,7 +92,7 @@ class Measurement:
                 self._grown[position] = max(0, self._gauge.allocated() - before)
                 self._peaks[position] = self._gauge.peak()
 
-        has_compiled = is_compiled(layer)
+        stores_products &= not is_compiled(layer)  # it may not compile under a mode of ours
         begin, clock = self._gauge.mark(), time.perf_counter()
         outputs = self._checkpoint(watched, *args, use_reentrant=False, **kwargs)
         is_recompute = True
@@ -108,10 +129,6 @@ class Measurement:
         if sum(inputs) + sum(products) > _WORTH * sum(whole) or not self._host_has_time():
             products = [0] * len(products)
         return Costs(self.tokens, whole, inputs, tuple(products), fixed, tuple(rest), loss)
-
-    def count_products(self, position: int) -> int:
-        """How many products a layer's recompute has come to; 0 if it had none."""
-        return self._products[position].count if position in self._products else 0
 
     def layer_milliseconds(self) -> float:
         """Time of a layer's forward, the median of all; waits for the device."""

@@ -9,27 +9,22 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
+from fastft_plugins.checkpointing.calls import OF_USERS, checkpoint_layer, keep_layer, layer_of, trains
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint, may_offload
+from fastft_plugins.checkpointing.forwards import Forwards
 from fastft_plugins.checkpointing.gauge import Gauge
 from fastft_plugins.checkpointing.measurement import Measurement
 from fastft_plugins.checkpointing.planner import Costs, Plan, choose
-from fastft_plugins.checkpointing.products import storing_products
+from fastft_plugins.checkpointing.products import LayerProducts
 
-# Keywords that are torch's checkpoint's own and not the layer's. The first ones say nothing to a layer that is kept
-# whole; with the others the user has a plan of their own.
-_OF_A_RECOMPUTE = {"preserve_rng_state", "determinism_check", "early_stop"}
-_OF_USERS = {"context_fn", "debug"}
 # A row this many times longer than the one measured is measured itself; up to there, costs are taken to grow with it.
 _LONGER = 1.25
-_STOCK = Plan(2**31)  # checkpoints any number of layers
 
 
 class PlannedCheckpoint:
@@ -40,22 +35,30 @@ class PlannedCheckpoint:
     Args:
         gauge: of the device that the layers are on.
         engine: checkpoints the layers whose inputs are offloaded.
+        model: whose gradients take memory that may not be taken yet when a forward is planned.
     """
 
-    def __init__(self, gauge: Gauge, engine: OffloadCheckpoint) -> None:
+    def __init__(self, gauge: Gauge, engine: OffloadCheckpoint, model: nn.Module | None = None) -> None:
         self.engine = engine
         self.costs: Costs | None = None
         self.forwards = 0  # that were planned
-        self.calls: Counter[str] = Counter()  # "kept", "stored", "checkpointed", "offloaded", "retried"
+        self.calls: Counter[str] = (
+            Counter()
+        )  # of planned forwards: "kept", "stored", "checkpointed", "offloaded"; "retried"
         self._gauge = gauge
-        self._positions: dict[nn.Module, int] = {}  # of the layers, in the order of their first calls
+        self._model = None if model is None else weakref.ref(model)
+        self._forwards = Forwards()
+        # The layers in the order of their first calls, and those called without anything to train.
+        self._positions: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._frozen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._products: weakref.WeakKeyDictionary[nn.Module, LayerProducts] = weakref.WeakKeyDictionary()
         self._is_warm = False  # whether a step has passed
-        self._tokens = 0  # of the forward under way
-        self._plan: Plan | None = None  # None while it is measured
+        self._is_stale = False  # whether layers have come that were frozen when the costs were measured
+        self._may_offload = True
+        self._tokens = 0  # of the forward under way; those of a longer row count for more
+        self._plan: Plan | None = None  # of the forward under way; None if it has none
         self._measurement: Measurement | None = None  # of the forward under way, or of the one before
         self._measured: Measurement | None = None  # that the costs are from
-        self._backward: weakref.ref[_Backward] | None = None  # of the forward under way, or of the one before
-        self._overlaps = False  # whether a forward has begun before the backward of the one before
         self._shortfall = 0.0  # bytes that were missing where kept layers ran out of memory
         self._longest: tuple[int, float, Plan] | None = None  # the longest row: tokens, room and plan
 
@@ -65,11 +68,13 @@ class PlannedCheckpoint:
         *args: Any,
         use_reentrant: bool | None = False,
         offload: bool = False,
+        stores_products: bool = True,
         **kwargs: Any,
     ) -> Any:
         """See `torch.utils.checkpoint.checkpoint`; raises ValueError for ``use_reentrant=True``.
 
         ``offload``: inputs of layers that are not kept whole go to host memory in any case, in the first steps too.
+        ``stores_products``: whether the products of layers may be stored.
         """
         layer = layer_of(function)
         source = args[0] if args else None
@@ -78,40 +83,57 @@ class PlannedCheckpoint:
             or use_reentrant
             or not isinstance(source, Tensor)
             or not source.numel()
-            or kwargs.keys() & _OF_USERS
+            or kwargs.keys() & OF_USERS
             or not may_offload()
         ):
             return self.engine(function, *args, use_reentrant=use_reentrant, **kwargs)
+        if not trains(layer, args, kwargs):
+            self._frozen.add(layer)
+            return checkpoint_layer(function, *args, **kwargs)
+        if layer in self._frozen:
+            self._frozen.discard(layer)
+            self._is_stale = True
+        tokens, length = source.numel() // source.shape[-1], source.shape[-2] if source.dim() > 1 else 1
+        if self._forwards.enter(layer, (tokens, length)):
+            self._begin(tokens, length, offload)
         position = self._positions.setdefault(layer, len(self._positions))
-        tokens = source.numel() // source.shape[-1] if source.dim() else 1
-        if position == 0 or tokens != self._tokens:
-            self._begin(tokens, offload)
-        outputs = self._run(position, layer, function, *args, **kwargs)
-        if self._backward is None:
-            self._backward = _await_backward(outputs)
+        if self._plan is not None:
+            outputs = self._follow_plan(position, layer, function, *args, **kwargs)
+        elif self._measurement is not None:
+            outputs = self._measurement.run(position, layer, function, *args, stores_products=stores_products, **kwargs)
+        else:
+            checkpoint_fn: Callable[..., Any] = self.engine if offload else checkpoint_layer
+            outputs = checkpoint_fn(function, *args, **kwargs)
+        self._forwards.leave(outputs)
         return outputs
 
-    def _run(self, position: int, layer: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the plan says of the layer at ``position``."""
-        if self._plan is None:
-            assert self._measurement is not None
-            return self._measurement.run(position, layer, function, *args, **kwargs)
-        checkpoint_fn: Callable[..., Any] = self.engine if self._plan.offloads else _checkpoint
-        depth = 0 if self.costs is None else len(self.costs.whole)
-        if position < self._plan.checkpointed or position >= depth:  # the latter was never measured
+    def _follow_plan(
+        self, position: int, layer: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        assert self._plan is not None and self.costs is not None
+        checkpoint_fn: Callable[..., Any] = self._offload if self._plan.offloads else checkpoint_layer
+        # A layer beyond those that were measured is checkpointed.
+        if position < self._plan.checkpointed or position >= len(self.costs.whole):
             self.calls["offloaded" if self._plan.offloads else "checkpointed"] += 1
             return checkpoint_fn(function, *args, **kwargs)
         if position >= self._plan.run_again:
-            return self._try("kept", position, _keep, function, *args, **kwargs)
-        assert self._measured is not None
-        context_fn = functools.partial(storing_products, self._measured.count_products(position))
-        run = functools.partial(checkpoint_fn, context_fn=context_fn)
+            return self._try("kept", position, keep_layer, function, *args, **kwargs)
+        products = self._products.setdefault(layer, LayerProducts())
+        run = functools.partial(checkpoint_fn, context_fn=products.contexts)
         return self._try("stored", position, run, function, *args, **kwargs)
+
+    def _offload(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        stayed = self.engine.kept.total()
+        outputs = self.engine(function, *args, **kwargs)
+        if self.engine.kept.total() > stayed:  # planned for, but not possible: not to be planned for again
+            self._may_offload = False
+        return outputs
 
     def close(self) -> None:
         """Free the host memory, and forget the layers."""
         self.engine.close()
         self._positions.clear()
+        self._products.clear()
         self._plan, self._measurement = None, None
 
     def __reduce__(self) -> Any:
@@ -124,13 +146,16 @@ class PlannedCheckpoint:
         figures |= {f"{kind}_layers": calls / self.forwards for kind, calls in self.calls.items() if self.forwards}
         if self._measured is not None and self.calls["kept"] + self.calls["stored"]:
             layer_ms = self._measured.layer_milliseconds()
-            figures |= {"layer_forward_ms": layer_ms, "recompute_saved_ms": layer_ms * figures.get("kept_layers", 0.0)}
+            figures |= {"layer_forward_ms": layer_ms}
         return figures | (self.engine.metrics() if self.engine.offloaded else {})
 
     def explain(self) -> str:
         """The plan of the longest row, and the figures that it was made from."""
-        if self._overlaps:
-            return "a forward began before the backward of the one before, so all layers were checkpointed from then on"
+        if self._forwards.overlap:
+            return (
+                "lately forwards began before the backward of the one before, or layers were called several times in "
+                "one, so all layers were checkpointed"
+            )
         if self._longest is None or self.costs is None:
             return "no step has shown yet what its layers hold, so all of them were checkpointed"
         tokens, room, plan = self._longest
@@ -146,12 +171,8 @@ class PlannedCheckpoint:
             f"{costs.loss / 1e9:.3g} GB at the loss and at most {max(costs.rest) / 1e9:.3g} GB in a layer's backward"
         )
 
-    def _begin(self, tokens: int, offload: bool) -> None:
-        """A forward over rows of ``tokens`` tokens begins."""
-        self._tokens = tokens
-        before = None if self._backward is None else self._backward()
-        self._overlaps |= before is not None and not before.is_done
-        self._backward = None
+    def _begin(self, tokens: int, length: int, offload: bool) -> None:
+        """A forward over ``tokens`` tokens in rows of ``length`` begins."""
         found = self._measurement.costs() if self._measurement is not None else None
         if found is not None:
             # The first step is not like the others: kernels are loaded in it, and memory is allocated for good.
@@ -160,19 +181,43 @@ class PlannedCheckpoint:
             self._is_warm, self._measurement = True, None
         elif self._measurement is not None:
             self._measurement.abandon()
-        if self._overlaps:
-            # The first forward would take the memory that the others need: a plan for all of them is not known.
-            self._plan = replace(_STOCK, offloads=offload)
+        if self._is_stale:
+            self._positions.clear()
+            self.costs, self._is_stale = None, False
+        self._plan, self._measurement = None, None
+        if self._forwards.overlap:  # the first of two would take the memory of the second
             return
-        if self.costs is None or len(self.costs.whole) < len(self._positions) or tokens > _LONGER * self.costs.tokens:
+        if self._must_measure(tokens, length):
             checkpoint_fn = self.engine if offload else checkpoint
-            self._plan, self._measurement = None, Measurement(self._gauge, tokens, checkpoint_fn, offloads=offload)
+            self._measurement = Measurement(
+                self._gauge, tokens, checkpoint_fn, offloads=offload, length=length, to_come=self._gradients_to_come()
+            )
             return
-        room = self._gauge.room() - self._shortfall
-        self._plan = choose(self.costs, tokens, room, always_offload=offload)
+        assert self.costs is not None and self._measured is not None
+        # Scores and masks of unpacked rows grow with the square of their length.
+        self._tokens = int(tokens * max(1.0, length / self._measured.length))
+        to_come = max(0, self._gradients_to_come() - self._measured.to_come)
+        room = self._gauge.room() - self._shortfall - to_come
+        may_offload = self._may_offload and self.engine.holds(self._input_bytes(), len(self.costs.inputs))
+        self._plan = choose(self.costs, self._tokens, room, always_offload=offload, may_offload=may_offload)
         self.forwards += 1
         if self._longest is None or tokens >= self._longest[0]:
             self._longest = tokens, room, self._plan
+
+    def _must_measure(self, tokens: int, length: int) -> bool:
+        if self.costs is None or self._measured is None or len(self.costs.whole) < len(self._positions):
+            return True
+        return tokens > _LONGER * self.costs.tokens or length > _LONGER * self._measured.length
+
+    def _input_bytes(self) -> int:
+        assert self.costs is not None
+        return int(max(self.costs.inputs) * max(1.0, self._tokens / self.costs.tokens))
+
+    def _gradients_to_come(self) -> int:
+        """Bytes of gradients that the next backward makes, as there are none yet to add to."""
+        model = None if self._model is None else self._model()
+        parameters = () if model is None else model.parameters()
+        return sum(each.nbytes for each in parameters if each.requires_grad and each.grad is None)
 
     def _try(self, how: str, position: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a layer as planned; if there is no memory for that after all, again, with only its input, offloaded."""
@@ -197,41 +242,3 @@ class PlannedCheckpoint:
         held = [*self.costs.products[:kept], *self.costs.whole[kept:]]
         self._shortfall += (sum(held[position:]) + max(held)) * self._tokens / self.costs.tokens
         self._plan = Plan(len(held), offloads=True)
-
-
-class _Backward:
-    """Lives as long as a forward's graph, and learns when the backward has come to its first layer."""
-
-    is_done = False
-
-    def finish(self, _: Tensor) -> None:
-        self.is_done = True
-
-
-def _await_backward(outputs: Any) -> weakref.ref[_Backward] | None:
-    """Watch the graph of a layer's outputs; None if they have none."""
-    for leaf in tree_leaves(outputs):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            backward = _Backward()
-            leaf.register_hook(backward.finish)
-            return weakref.ref(backward)
-    return None
-
-
-def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-
-def _keep(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **{name: value for name, value in kwargs.items() if name not in _OF_A_RECOMPUTE})
-
-
-def layer_of(function: Callable[..., Any]) -> nn.Module | None:
-    """The layer that is called: ``function`` itself, the owner of a method, or what a partial calls or passes first."""
-    if isinstance(function, nn.Module):
-        return function
-    if isinstance(function, functools.partial):
-        found = (layer_of(candidate) for candidate in (function.func, *function.args[:1]))
-        return next((layer for layer in found if layer is not None), None)
-    owner = getattr(function, "__self__", None)
-    return owner if isinstance(owner, nn.Module) else None

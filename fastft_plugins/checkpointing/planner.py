@@ -84,13 +84,14 @@ class Costs:
         return storing + [Plan(count, depth - count, offloads) for count in range(1, depth + 1)]
 
 
-def choose(costs: Costs, tokens: int, room: float, *, always_offload: bool = False) -> Plan:
+def choose(costs: Costs, tokens: int, room: float, *, always_offload: bool = False, may_offload: bool = True) -> Plan:
     """The plan that runs the least again in ``room`` bytes; it offloads only where it runs less again by that.
 
     Plans are in the order of what they need to within one layer's products. If nothing fits, it is the last of them.
     """
-    best, fewest = Plan(len(costs.whole), offloads=True), len(costs.plans(offloads=True)) - 1
-    for offloads in (True,) if always_offload else (True, False):
+    ways = (True,) if always_offload else (True, False) if may_offload else (False,)
+    best, fewest = Plan(len(costs.whole), offloads=ways[0]), len(costs.plans(offloads=True)) - 1
+    for offloads in ways:
         plans = costs.plans(offloads=offloads)
         first = bisect_left(plans, True, key=lambda plan: costs.need(plan, tokens) <= room)
         if first <= fewest:

@@ -2,7 +2,8 @@
 
 A matrix product of inner width K costs K operations for each byte of its bf16 output, all else in a layer a few. Torch
 has the same idea in `create_selective_checkpoint_contexts`; here only products are looked at, those that the backward
-never asks for are not stored, and a graph that is kept can run backward twice, as with torch's plain checkpoint.
+never asks for are not stored, what is looked up has been checked first, and a graph that is kept can run backward
+twice, as with torch's plain checkpoint.
 """
 
 from __future__ import annotations
@@ -46,16 +47,50 @@ def is_product(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return bool(op is _aten._grouped_mm.default)
 
 
-def storing_products(
-    count: int | None = None,
-) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """For the ``context_fn`` of torch's checkpoint: contexts for one call's forward, and for each time it runs again.
+class LayerProducts:
+    """Which products of one layer are stored, and the contexts of its calls.
 
-    Args:
-        count: store only the first so many products; all by default.
+    The first time, products are stored but computed again as well, and only those that came out the same, bit by bit,
+    are looked up from then on: a kernel may have written over one without torch's knowing. Products that the recompute
+    does not come to are not stored any more.
     """
-    stored: list[tuple[Any, Any, Any]] = []
-    return _Storing(stored, count), _LookingUp(stored)
+
+    def __init__(self) -> None:
+        self._total: int | None = None  # of a forward; None before the first recompute has ended
+        self._is_same: dict[int, Tensor] = {}  # found in the first recompute, not waited for
+        self._trusted: set[int] | None = None
+
+    def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """For the ``context_fn`` of torch's checkpoint: of one call's forward, and of each time it runs again."""
+        if self._trusted is None and self._total is not None:
+            self._trusted = {index for index, is_same in self._is_same.items() if bool(is_same)}
+        call = _Call(self, self._trusted)
+        return _Storing(call), _LookingUp(call)
+
+    def learn(self, total: int, is_same: dict[int, Tensor]) -> None:
+        """A first recompute has ended."""
+        if self._total is None:
+            self._total, self._is_same = total, is_same
+
+    def has(self, total: int) -> bool:
+        """Whether a forward with so many products is like the one that was learned from."""
+        return self._total == total
+
+
+class _Call:
+    """The products of one call of a layer."""
+
+    def __init__(self, layer: LayerProducts, trusted: set[int] | None) -> None:
+        self.layer, self.trusted = layer, trusted
+        self.total = 0
+        self.outputs: dict[int, tuple[Any, Any, list[int]]] = {}  # operation, aliases, versions, by index
+
+    def forget(self, written: Tensor) -> None:
+        """What shares memory with a tensor that is written to; versions do not tell, as not all views share them."""
+        memory = written.untyped_storage().data_ptr()
+        for index, (_, outputs, _) in list(self.outputs.items()):
+            if any(leaf.untyped_storage().data_ptr() == memory for leaf in tree_leaves(outputs) if _is_there(leaf)):
+                del self.outputs[index]
 
 
 class _ProductMode(TorchDispatchMode):
@@ -85,35 +120,78 @@ class CountProducts(_ProductMode):
 
 
 class _Storing(_ProductMode):
-    def __init__(self, stored: list[tuple[Any, Any, Any]], count: int | None) -> None:
+    def __init__(self, call: _Call) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._stored, self._count = stored, count
+        self._call = call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        if (self._count is None or len(self._stored) < self._count) and is_product(func, args, kwargs or {}):
-            aliases = tree_map_only(Tensor, _alias, outputs)
-            self._stored.append((func, aliases, _versions(aliases)))
+        outputs, call = func(*args, **(kwargs or {})), self._call
+        for written in _written(func, args, kwargs or {}):
+            call.forget(written)
+        if is_product(func, args, kwargs or {}):
+            if call.trusted is None or call.total in call.trusted:
+                aliases = tree_map_only(Tensor, _alias, outputs)
+                call.outputs[call.total] = func, aliases, _versions(aliases)
+            call.total += 1
         return outputs
 
 
 class _LookingUp(_ProductMode):
-    def __init__(self, stored: list[tuple[Any, Any, Any]]) -> None:
+    def __init__(self, call: _Call) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._stored, self._next = stored, 0
+        self._call = call
+        self._next = self._runs = 0
+        self._is_same: dict[int, Tensor] = {}
 
     def __enter__(self) -> Any:
-        self._next = 0  # a graph that is kept runs again from its first product
+        self._next, self._runs = 0, self._runs + 1
         return super().__enter__()  # type: ignore[no-untyped-call]
 
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        if self._call.trusted is None:
+            self._call.layer.learn(self._call.total, self._is_same)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._next < len(self._stored) and is_product(func, args, kwargs or {}):
-            op, outputs, versions = self._stored[self._next]
-            self._next += 1
-            # What was changed in place since is computed again: its inputs are here.
-            if op is func and versions == _versions(outputs):
-                return tree_map_only(Tensor, _alias, outputs)
-        return func(*args, **(kwargs or {}))
+        if not is_product(func, args, kwargs or {}):
+            return func(*args, **(kwargs or {}))
+        index, call = self._next, self._call
+        self._next += 1
+        stored_by, outputs, versions = call.outputs.get(index, (None, None, []))
+        # What was changed in place since is computed again: its inputs are here. So is all in the second backward of a
+        # graph that was kept, as the first one may have written over what it was given.
+        if stored_by is not func or versions != _versions(outputs) or self._runs > 1:
+            return func(*args, **(kwargs or {}))
+        if call.trusted is None:
+            again = func(*args, **(kwargs or {}))
+            self._is_same[index] = _is_same(again, outputs)
+            return again
+        if not call.layer.has(call.total):  # another path through the layer: the indices are not those learned
+            return func(*args, **(kwargs or {}))
+        return tree_map_only(Tensor, _alias, outputs)
+
+
+def _is_same(one: Any, other: Any) -> Tensor:
+    """Whether two results are equal bit by bit, on their device. Of attention's, the first one counts."""
+    one, other = ((value if isinstance(value, Tensor) else value[0]).contiguous() for value in (one, other))
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return torch.zeros((), dtype=torch.bool)
+    is_same: Tensor = (one.view(torch.uint8) == other.view(torch.uint8)).all()
+    return is_same
+
+
+def _written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes to."""
+    schema = getattr(op, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    names = [each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+    return [leaf for leaf in tree_leaves([given.get(name) for name in names]) if _is_there(leaf)]
+
+
+def _is_there(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.numel() > 0
 
 
 def _alias(tensor: Tensor) -> Tensor:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from fastft_plugins.checkpointing.calls import layer_of
 from fastft_plugins.checkpointing.measurement import is_compiled
-from fastft_plugins.checkpointing.planned import layer_of
 
+_ACCUMULATES = 2**63  # the number of the nodes that add to a parameter's gradient, where a graph ends
 _CLASSES = {("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.bnb", "Linear4bit")}
 
 
@@ -50,8 +51,7 @@ def has_adapters(module: nn.Module) -> bool:
 class _Layer:
     """For one layer: sees in its first forward which of its modules comes last, and reorders that one from then on.
 
-    Only a module that shares its input with no other is reordered: the gradients of a shared input would be added up in
-    another order.
+    Only a module whose input is used by nothing else is reordered: three gradients would be added up in another order.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -81,7 +81,7 @@ class _Layer:
         finally:
             for handle in handles:
                 handle.remove()
-        self._last = _last_of_its_own(calls)
+        self._last = _last_of_its_own(calls, outputs)
         self._is_known = True
         return outputs
 
@@ -99,15 +99,30 @@ def _is_lora(module: nn.Module) -> bool:
     return (type(module).__module__, type(module).__name__) in _CLASSES
 
 
-def _last_of_its_own(calls: list[tuple[nn.Module, Tensor]]) -> weakref.ref[nn.Module] | None:
-    """The module called last, if it is LoRA's, was called once, and nothing else was given its input."""
+def _last_of_its_own(calls: list[tuple[nn.Module, Tensor]], outputs: Any) -> weakref.ref[nn.Module] | None:
+    """The module called last, if it is LoRA's, was called once, and only its base and its adapter use its input."""
     if not calls:
         return None
     module, source = calls[-1]
-    by_module = Counter(id(each) for each, _ in calls)
-    by_source = Counter(each.data_ptr() for _, each in calls)
-    is_alone = by_module[id(module)] == by_source[source.data_ptr()] == 1
-    return weakref.ref(module) if _is_lora(module) and is_alone else None
+    is_called_once = sum(each is module for each, _ in calls) == 1
+    return weakref.ref(module) if _is_lora(module) and is_called_once and _uses(source, outputs) == 2 else None
+
+
+def _uses(source: Tensor, outputs: Any) -> int:
+    """How often ``source`` is used on the way to ``outputs``, by their graph; 0 if it has no history to tell."""
+    if source.grad_fn is None:
+        return 0
+    # Nodes are numbered as they are made: those that use it come after it. The model before it is not walked through.
+    first = source.grad_fn._sequence_nr()
+    waiting = [leaf.grad_fn for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    known, uses = set(waiting), 0
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            uses += node is source.grad_fn
+            if node is not None and node not in known and first < node._sequence_nr() < _ACCUMULATES:
+                known.add(node)
+                waiting.append(node)
+    return uses
 
 
 def _call_reordered(function: Callable[..., Any], linear: nn.Module, *args: Any, **kwargs: Any) -> Any:

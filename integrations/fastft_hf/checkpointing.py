@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fastft_hf.adapter_first import AdaptersFirst, has_adapters
 from fastft_plugins.errors import Declined, NothingToWin
+from fastft_plugins.ledger import Ledger
 from fastft_plugins.run import Run
 
 _FUNCTION = "_gradient_checkpointing_func"
@@ -26,20 +27,22 @@ def inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
     if not any(isinstance(module, PreTrainedModel) for module in run.model.modules()):
         return None
     args = getattr(run.target.trainer, "args", None)
+    if isinstance(run.model, nn.DataParallel) or getattr(args, "n_gpu", 1) > 1:
+        raise Declined("DataParallel copies the layers to every GPU at each step; launch one process per GPU")
     if getattr(args, "activation_offloading", False):
         raise Declined("activation_offloading=True: TRL's own offloading copies all that is saved")
     if any(getattr(args, name, False) for name in _NAMES) and not run.target.in_training:
         return _inject_later(run, checkpoint_fn)
-    return _inject(run, checkpoint_fn)
+    return _inject(run, run.ledger, checkpoint_fn)
 
 
-def _inject(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
+def _inject(run: Run, ledger: Ledger, checkpoint_fn: Callable[..., Any]) -> str:
     modules = [module for module in run.model.modules() if _is_checkpointed(module)]
     if not modules:
         raise NothingToWin("activation checkpointing is not switched on")
     kept: Counter[str] = Counter()
     functions: dict[Any, Any] = {}  # one of ours for each of theirs
-    has_lora = has_adapters(run.model)
+    has_lora, stores_products = has_adapters(run.model), not any(map(_is_flex, run.model.modules()))
     for module in modules:
         stock = getattr(module, _FUNCTION)
         reason = _why_not(stock)
@@ -48,10 +51,10 @@ def _inject(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
             continue
         if stock not in functions:
             # Asked for offloading, transformers copies on the stream that computes; the one that replaces it does not.
-            offload = {"offload": True} if _offloads(stock) else {}
-            function = functools.partial(checkpoint_fn, **_keywords(stock), **offload)
+            ours = {"offload": _offloads(stock), "stores_products": stores_products}
+            function = _Checkpoint(checkpoint_fn, ours, _keywords(stock))
             functions[stock] = AdaptersFirst(function) if has_lora else function
-        run.ledger.setattr(module, _FUNCTION, functions[stock])
+        ledger.setattr(module, _FUNCTION, functions[stock])
     if not functions:
         raise Declined("; ".join(kept))
     changes = [f"checkpoint function in {len(modules) - kept.total()} modules"]
@@ -63,23 +66,45 @@ def _inject(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
 def _inject_later(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
     """In a block around a Trainer: checkpointing is switched on, anew, when training starts."""
     name = next(name for name in (f"{word}_enable" for word in _NAMES) if hasattr(run.model, name))
-    enable, run_ref = getattr(run.model, name), weakref.ref(run)
+    enable, run_ref, ledger = getattr(run.model, name), weakref.ref(run), Ledger()
 
     @functools.wraps(enable)
     def enable_and_inject(*args: Any, **kwargs: Any) -> None:
+        ledger.close()  # of the training before
         enable(*args, **kwargs)
         run = run_ref()
         if run is None or not run.active:
             return
         try:
-            change = _inject(run, checkpoint_fn)
+            change = _inject(run, ledger, checkpoint_fn)
         except Declined as declined:
             run.switch_off("checkpointing", declined)
         else:
             run.report.features["checkpointing"].changes[:] = [change]
 
     run.ledger.setattr(run.model, name, enable_and_inject)
+    run.ledger.record("the checkpoint functions of the layers", ledger.close)
     return "checkpoint function of the layers, when training switches checkpointing on"
+
+
+class _Checkpoint:
+    """A checkpoint function of ours in the place of a stock one. A copy or pickle, as part of a model, is stock."""
+
+    def __init__(self, checkpoint_fn: Callable[..., Any], ours: dict[str, Any], keywords: dict[str, Any]) -> None:
+        self._checkpoint_fn, self._ours, self._keywords = checkpoint_fn, ours, keywords
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._checkpoint_fn(*args, **self._keywords | kwargs, **self._ours)
+
+    def __reduce__(self) -> Any:
+        return functools.partial(functools.partial, checkpoint, **self._keywords), ()
+
+
+def _is_flex(module: nn.Module) -> bool:
+    """Whether its attention is flex_attention, which is compiled inside the layer."""
+    config = getattr(module, "config", None)
+    config = getattr(config, "_fastft_stock_config", config)
+    return getattr(config, "_attn_implementation", None) == "flex_attention"
 
 
 def _is_checkpointed(module: nn.Module) -> bool:
