@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 from trl_helpers import dpo_trainer, sft_trainer
 from trl_helpers import tokens as trl_tokens
 
+from fastft_hf.around_loop import stand_around_loop
 from fastft_hf.auto import AutoCallback
 from fastft_lightning import FastFTLightningCallback
 from fastft_plugins import FastFTCallback, FastFTConfig, FastFTConfigError, FastFTError, apply
@@ -304,6 +308,29 @@ def test_a_trainer_dies_as_a_stock_one_does(tmp_path):
         assert died == stock
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, copy.copy], ids=lambda make: make.__name__)
+def test_a_copy_of_a_trainer_trains_itself(tmp_path, make):
+    trainer, callback = budget_trainer(tmp_path, tiny_model(), max_steps=2)
+    copied = make(trainer)
+    copied.train()
+    assert copied.state.global_step == 2 and trainer.state.global_step == 0
+    (own,) = (each for each in copied.callback_handler.callbacks if isinstance(each, FastFTCallback))
+    assert (own is callback) == (copied.model is trainer.model) == (make is copy.copy)
+    assert own.report.features["packing"].metrics["budget_share"] > 0
+    trainer.train()
+    assert trainer.state.global_step == 2 and callback.report.features["packing"].metrics["budget_share"] > 0
+
+
+def test_a_pickle_holds_the_loop_of_the_trainer_in_it():
+    trainer = Trainer.__new__(Trainer)  # one with all its parts cannot be pickled, a stock one neither
+    callback = FastFTCallback(CONFIG)
+    trainer.callback_handler = types.SimpleNamespace(callbacks=[callback])
+    stand_around_loop(trainer, callback)
+    loaded = pickle.loads(pickle.dumps(trainer))
+    around = vars(loaded)["_inner_training_loop"]
+    assert around._trainer() is loaded and around._callback() is loaded.callback_handler.callbacks[0]
 
 
 def test_without_the_option_the_trainer_is_not_touched(tmp_path):
