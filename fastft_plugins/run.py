@@ -237,12 +237,26 @@ def active_run(model: nn.Module) -> Run | None:
 
 
 def joinable_run(model: nn.Module, trainer: Any) -> Run | None:
-    """The active run that training with ``trainer``, or in a loop if None, belongs to; stops one it does not."""
+    """The active run that training with ``trainer``, or in a loop if None, belongs to; stops one it does not.
+
+    Raises:
+        FastFTError: the run to stop is in the middle of a training with ``packing="on"`` or ``strict=True``, whose
+            batches are too large to go on padded.
+    """
     outer = active_run(model)
     if outer is None or outer.serves(trainer):
         return outer
+    budget = outer.token_budget
+    if budget is not None and outer.target.in_training and (outer.config.strict or outer.config.packing == "on"):
+        raise FastFTError(
+            "another Trainer begins to train this model in the middle of a training with "
+            f"max_tokens_per_batch={budget}, whose batches would go on padded, and larger: train a copy of the model, "
+            "or leave out strict=True and packing='on'"
+        )
     if not outer.is_orphan:
         note = "another Trainer began to train this model, which ended this run; training went on as stock"
+        if budget is not None:  # a train dataloader stays the one that was made for the training
+            note += f", what was left of it in padded batches, formed by up to {budget:,} real tokens"
         outer.report.notes.append(note)
         logger.warning("fastft: %s", note)
     outer.stop()

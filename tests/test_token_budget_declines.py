@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hf_helpers import documents, make_trainer, tiny_model
+from hf_helpers import DEFAULTS, Pad, documents, make_trainer, tiny_model
 from lightning_helpers import Module, loader
 from lightning_helpers import make_trainer as lightning_trainer
 from test_hf_lifecycle import FailAt, assert_nothing_is_left
 from token_budget_helpers import BUDGET, EPOCHS, NOT_DISPATCHED, Recorder, Stream, budget_trainer
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
 from trl_helpers import dpo_trainer, sft_trainer
 from trl_helpers import tokens as trl_tokens
@@ -243,6 +243,39 @@ def test_trls_losses_over_whole_sequences_keep_their_batches(tmp_path):
     trainer = dpo_trainer(tmp_path, fastft=True, fastft_config=CONFIG, max_steps=1)
     trainer.train()
     assert "packing is off" in notes_of(report_of(trainer))[0]
+
+
+class TrainsElsewhere(TrainerCallback):
+    """Trains the same model with another Trainer after the first step."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            arguments = TrainingArguments(str(self.folder), **(DEFAULTS | {"max_steps": 1}))
+            Trainer(model, arguments, Pad(), documents(), callbacks=[FastFTCallback()]).train()
+
+
+def test_another_trainer_on_the_model_leaves_padded_batches_formed_by_tokens(tmp_path):
+    recorder = Recorder()
+    trainer, callback = budget_trainer(
+        tmp_path, tiny_model(), TrainsElsewhere(tmp_path), collator=recorder, max_steps=4
+    )
+    trainer.train()
+    (note,) = callback.report.notes
+    assert "what was left of it in padded batches, formed by up to 64 real tokens" in note
+    assert len(set(map(len, recorder.batches))) > 1
+    assert callback.report.features["packing"].metrics["packed_batches"] == 1
+
+
+@pytest.mark.parametrize("asked", [{"packing": "on"}, {"strict": True}], ids=["on", "strict"])
+def test_another_trainer_on_the_model_is_an_error_where_packing_was_asked_for(tmp_path, asked):
+    config = asked | {"moe": "off", "checkpointing": "off"}
+    trainer, callback = budget_trainer(tmp_path, tiny_model(), TrainsElsewhere(tmp_path), config=config)
+    with pytest.raises(FastFTError, match="another Trainer begins to train this model in the middle"):
+        trainer.train()
+    assert trainer.state.global_step == 1 and callback.report.state == "stopped by FastFTError"
 
 
 # What stays behind
