@@ -230,6 +230,18 @@ def test_trls_flag(tmp_path, options):
     assert trainer.state.global_step == trainer.state.max_steps == 22
 
 
+def test_trls_flag_is_read_when_training_begins(tmp_path):
+    trainer = sft_trainer(tmp_path, trl_tokens(), fastft=True, fastft_config=CONFIG, max_steps=2)
+    trainer.args.fastft_config = {"max_tokens_per_batch": 128}
+    trainer.train()
+    report = report_of(trainer)
+    assert "batches hold up to 128 tokens" in str(report.features["packing"].changes) and not report.notes
+    trainer.args.fastft = False
+    trainer.train()
+    (callback,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, FastFTCallback))
+    assert callback.report is report and trainer.state.global_step == 2
+
+
 def test_scripts_that_know_nothing_of_it(tmp_path, monkeypatch):
     """Under `fastft run --config max_tokens_per_batch=64`."""
     monkeypatch.setenv("FASTFT_CONFIG", '{"max_tokens_per_batch": 64}')
