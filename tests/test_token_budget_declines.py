@@ -86,6 +86,11 @@ class Backwards(SequentialSampler):
         return iter(range(len(self.data_source)))
 
 
+class OwnPart(Trainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(range(20))
+
+
 class OwnBatches(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.WeightedRandomSampler([1.0] * 48, 48)
@@ -115,6 +120,7 @@ class OwnLoss(Trainer):
         ({"trainer_class": OwnLoader}, "get_train_dataloader is overridden"),
         ({"trainer_class": PlainLoader}, "get_train_dataloader is overridden"),
         ({"trainer_class": OwnSampler}, "Backwards may draw other documents in each epoch"),
+        ({"trainer_class": OwnPart}, "SequentialSampler may draw other documents"),
         ({"trainer_class": OwnBatches}, "WeightedRandomSampler may draw other documents"),
         ({"trainer_class": OwnLoss}, "packing is off in this run"),
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length has ordered the documents"),
