@@ -87,7 +87,17 @@ class Run:
         return not self.is_orphan and (mine is None or trainer is None or trainer is mine)
 
     def join(self, config: FastFTConfig) -> None:
-        """Called instead of starting a run with ``config`` on the same model: say so if that is another one."""
+        """Called instead of starting a run with ``config`` on the same model: say so if that is another one.
+
+        Raises:
+            FastFTError: ``config`` asks under ``packing="on"`` or ``strict=True`` for a token budget this run has not.
+        """
+        budget = config.max_tokens_per_batch
+        if budget not in (None, self.token_budget) and (config.strict or config.packing == "on"):
+            raise FastFTError(
+                f"max_tokens_per_batch={budget} has no effect: the run that is active on this model keeps "
+                f"{self.config}; give the setting to that one, apply(trainer, config), or do without that one"
+            )
         note = f"a second config, {config}, joined this run and is not used; the run keeps {self.config}"
         if config not in (self.config, FastFTConfig()) and note not in self.report.notes:
             self.report.notes.append(note)

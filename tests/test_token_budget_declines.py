@@ -205,6 +205,26 @@ def test_a_callback_that_comes_after_the_trainer_is_made(tmp_path):
     assert callback.report.features["packing"].metrics["packed_batches"] == 2
 
 
+@pytest.mark.parametrize("asked", [{}, {"packing": "on"}, {"strict": True}], ids=["auto", "on", "strict"])
+def test_a_callback_that_joins_a_run_without_a_budget(tmp_path, asked):
+    trainer, callback = budget_trainer(tmp_path, tiny_model(), config=asked, max_steps=1)
+    with apply(trainer.model) as run:
+        if not asked:
+            trainer.train()
+            assert "a second config" in run.report.notes[0] and callback.report is run.report
+            return
+        with pytest.raises(FastFTError, match=f"{NO_EFFECT}the run that is active on this model keeps"):
+            trainer.train()
+    assert trainer.state.global_step == 0 and run.report.state == "finished"
+
+
+def test_a_callback_that_joins_a_run_with_the_same_budget(tmp_path):
+    trainer, _ = budget_trainer(tmp_path, tiny_model(), config={"packing": "on"}, max_steps=1)
+    with apply(trainer, CONFIG) as run:
+        trainer.train()
+    assert run.report.features["packing"].metrics["budget_share"] > 0
+
+
 # Other trainers
 
 
