@@ -87,7 +87,17 @@ class Run:
         return not self.is_orphan and (mine is None or trainer is None or trainer is mine)
 
     def join(self, config: FastFTConfig) -> None:
-        """Called instead of starting a run with ``config`` on the same model: say so if that is another one."""
+        """Called instead of starting a run with ``config`` on the same model: say so if that is another one.
+
+        Raises:
+            FastFTError: ``config`` asks under ``packing="on"`` or ``strict=True`` for a token budget this run has not.
+        """
+        budget = config.max_tokens_per_batch
+        if budget not in (None, self.token_budget) and (config.strict or config.packing == "on"):
+            raise FastFTError(
+                f"max_tokens_per_batch={budget} has no effect: the run that is active on this model keeps "
+                f"{self.config}; give the setting to that one, apply(trainer, config), or do without that one"
+            )
         note = f"a second config, {config}, joined this run and is not used; the run keeps {self.config}"
         if config not in (self.config, FastFTConfig()) and note not in self.report.notes:
             self.report.notes.append(note)
@@ -237,12 +247,26 @@ def active_run(model: nn.Module) -> Run | None:
 
 
 def joinable_run(model: nn.Module, trainer: Any) -> Run | None:
-    """The active run that training with ``trainer``, or in a loop if None, belongs to; stops one it does not."""
+    """The active run that training with ``trainer``, or in a loop if None, belongs to; stops one it does not.
+
+    Raises:
+        FastFTError: the run to stop is in the middle of a training with ``packing="on"`` or ``strict=True``, whose
+            batches are too large to go on padded.
+    """
     outer = active_run(model)
     if outer is None or outer.serves(trainer):
         return outer
+    budget = outer.token_budget
+    if budget is not None and outer.target.in_training and (outer.config.strict or outer.config.packing == "on"):
+        raise FastFTError(
+            "another Trainer begins to train this model in the middle of a training with "
+            f"max_tokens_per_batch={budget}, whose batches would go on padded, and larger: train a copy of the model, "
+            "or leave out strict=True and packing='on'"
+        )
     if not outer.is_orphan:
         note = "another Trainer began to train this model, which ended this run; training went on as stock"
+        if budget is not None:  # a train dataloader stays the one that was made for the training
+            note += f", what was left of it in padded batches, formed by up to {budget:,} real tokens"
         outer.report.notes.append(note)
         logger.warning("fastft: %s", note)
     outer.stop()

@@ -206,8 +206,11 @@ def test_attention_of_ones_own_declines(monkeypatch, what):
     assert "LlamaAttention attends by code of test_hf_declines" in reason_for(tiny_model())
 
 
-@pytest.mark.parametrize("change", [hook_the_forward, replace_forward], ids=lambda change: change.__name__)
-@pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin"])
+LATE = [hook_the_forward, replace_forward, replace_a_layer]
+
+
+@pytest.mark.parametrize("change", LATE, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("event", ["on_train_begin", "on_epoch_begin", "on_step_begin"])
 def test_code_that_comes_after_the_run_has_begun_is_an_error(tmp_path, change, event):
     late = transformers.TrainerCallback()
     setattr(late, event, lambda args, state, control, model=None, **kwargs: change(model))
@@ -216,6 +219,22 @@ def test_code_that_comes_after_the_run_has_begun_is_an_error(tmp_path, change, e
     with pytest.raises(FastFTError, match=r"since training began: .*packing='off'"):
         trainer.train()
     assert trainer.state.global_step == 0 and callback.report.state == "stopped by FastFTError"
+
+
+@pytest.mark.parametrize("budget", [None, 64])
+def test_code_that_comes_in_a_callback_before_ours(tmp_path, budget):
+    """In time to decline; not where batches are formed by tokens, for which a run begins before any callback."""
+    early = transformers.TrainerCallback()
+    early.on_train_begin = lambda args, state, control, model=None, **kwargs: replace_a_layer(model)
+    callback = FastFTCallback({"max_tokens_per_batch": budget})
+    trainer = make_trainer(tmp_path, tiny_model(), callbacks=[early, callback], max_steps=1)
+    if budget is None:
+        trainer.train()
+        assert "the forward of LlamaDecoderLayer is replaced" in callback.report.features["packing"].reason
+    else:
+        with pytest.raises(FastFTError, match=r"since training began: the forward of LlamaDecoderLayer is replaced"):
+            trainer.train()
+        assert trainer.state.global_step == 0
 
 
 def test_weights_of_attention_cannot_be_had_from_a_packed_row():

@@ -89,6 +89,14 @@ def test_to_takes_what_trainers_pass():
     assert_same(metadata.to(torch.device("cpu"), non_blocking=True), metadata)
 
 
+def test_to_the_device_it_is_on_is_no_copy():
+    """What is made once a batch, a block mask, is kept for this very object, and hooks move it before every layer."""
+    metadata = PackedMetadata.from_lengths([3, 2])
+    moved = metadata.to("meta")
+    assert metadata.to("cpu") is metadata and moved.to(torch.device("meta")) is moved
+    assert moved is not metadata
+
+
 def test_accelerate_moves_it_inside_a_batch():
     send_to_device = pytest.importorskip("accelerate.utils").send_to_device
     batch = {"fastft_metadata": PackedMetadata.from_lengths([3, 2]), "other": NotPacked("holes")}

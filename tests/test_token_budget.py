@@ -122,6 +122,10 @@ def hf_dataset(rows, **columns):
     return datasets.Dataset.from_list([{**row, **{name: make(row) for name, make in columns.items()}} for row in rows])
 
 
+def some_masks(row):
+    return [1] * len(row["input_ids"]) if row["input_ids"][0] > 50 else None
+
+
 class Rows(torch.utils.data.Dataset):
     def __init__(self, rows):
         self.rows = rows
@@ -147,8 +151,14 @@ class OfTensors(Recorder):
         (hf_dataset(documents()).with_format("torch"), OfTensors),
         (hf_dataset(documents()).with_transform(lambda rows: rows), Recorder),
         (Rows(documents()), OfTensors),
+        (hf_dataset(documents(), attention_mask=lambda row: None), Recorder),
+        (hf_dataset(documents(), attention_mask=some_masks), Recorder),
+        (
+            hf_dataset(documents(), attention_mask=lambda row: [1]).with_format("torch", columns=["input_ids"]),
+            OfTensors,
+        ),
     ],
-    ids=["table", "indices", "mask", "tensors", "transform", "torch"],
+    ids=["table", "indices", "mask", "tensors", "transform", "torch", "no mask", "some masks", "columns of a format"],
 )
 def test_every_kind_of_dataset_is_batched_alike(tmp_path, data, collator):
     seen = [

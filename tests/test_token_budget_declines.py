@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from hf_helpers import documents, make_trainer, tiny_model
+from hf_helpers import DEFAULTS, Pad, documents, make_trainer, tiny_model
 from lightning_helpers import Module, loader
 from lightning_helpers import make_trainer as lightning_trainer
 from test_hf_lifecycle import FailAt, assert_nothing_is_left
 from token_budget_helpers import BUDGET, EPOCHS, NOT_DISPATCHED, Recorder, Stream, budget_trainer
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
 from trl_helpers import dpo_trainer, sft_trainer
 from trl_helpers import tokens as trl_tokens
 
+from fastft_hf.around_loop import stand_around_loop
 from fastft_hf.auto import AutoCallback
 from fastft_lightning import FastFTLightningCallback
 from fastft_plugins import FastFTCallback, FastFTConfig, FastFTConfigError, FastFTError, apply
@@ -82,6 +86,11 @@ class Backwards(SequentialSampler):
         return iter(range(len(self.data_source)))
 
 
+class OwnPart(Trainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(range(20))
+
+
 class OwnBatches(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.WeightedRandomSampler([1.0] * 48, 48)
@@ -111,6 +120,7 @@ class OwnLoss(Trainer):
         ({"trainer_class": OwnLoader}, "get_train_dataloader is overridden"),
         ({"trainer_class": PlainLoader}, "get_train_dataloader is overridden"),
         ({"trainer_class": OwnSampler}, "Backwards may draw other documents in each epoch"),
+        ({"trainer_class": OwnPart}, "SequentialSampler may draw other documents"),
         ({"trainer_class": OwnBatches}, "WeightedRandomSampler may draw other documents"),
         ({"trainer_class": OwnLoss}, "packing is off in this run"),
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length has ordered the documents"),
@@ -195,6 +205,26 @@ def test_a_callback_that_comes_after_the_trainer_is_made(tmp_path):
     assert callback.report.features["packing"].metrics["packed_batches"] == 2
 
 
+@pytest.mark.parametrize("asked", [{}, {"packing": "on"}, {"strict": True}], ids=["auto", "on", "strict"])
+def test_a_callback_that_joins_a_run_without_a_budget(tmp_path, asked):
+    trainer, callback = budget_trainer(tmp_path, tiny_model(), config=asked, max_steps=1)
+    with apply(trainer.model) as run:
+        if not asked:
+            trainer.train()
+            assert "a second config" in run.report.notes[0] and callback.report is run.report
+            return
+        with pytest.raises(FastFTError, match=f"{NO_EFFECT}the run that is active on this model keeps"):
+            trainer.train()
+    assert trainer.state.global_step == 0 and run.report.state == "finished"
+
+
+def test_a_callback_that_joins_a_run_with_the_same_budget(tmp_path):
+    trainer, _ = budget_trainer(tmp_path, tiny_model(), config={"packing": "on"}, max_steps=1)
+    with apply(trainer, CONFIG) as run:
+        trainer.train()
+    assert run.report.features["packing"].metrics["budget_share"] > 0
+
+
 # Other trainers
 
 
@@ -226,6 +256,18 @@ def test_trls_flag(tmp_path, options):
     assert trainer.state.global_step == trainer.state.max_steps == 22
 
 
+def test_trls_flag_is_read_when_training_begins(tmp_path):
+    trainer = sft_trainer(tmp_path, trl_tokens(), fastft=True, fastft_config=CONFIG, max_steps=2)
+    trainer.args.fastft_config = {"max_tokens_per_batch": 128}
+    trainer.train()
+    report = report_of(trainer)
+    assert "batches hold up to 128 tokens" in str(report.features["packing"].changes) and not report.notes
+    trainer.args.fastft = False
+    trainer.train()
+    (callback,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, FastFTCallback))
+    assert callback.report is report and trainer.state.global_step == 2
+
+
 def test_scripts_that_know_nothing_of_it(tmp_path, monkeypatch):
     """Under `fastft run --config max_tokens_per_batch=64`."""
     monkeypatch.setenv("FASTFT_CONFIG", '{"max_tokens_per_batch": 64}')
@@ -239,6 +281,39 @@ def test_trls_losses_over_whole_sequences_keep_their_batches(tmp_path):
     trainer = dpo_trainer(tmp_path, fastft=True, fastft_config=CONFIG, max_steps=1)
     trainer.train()
     assert "packing is off" in notes_of(report_of(trainer))[0]
+
+
+class TrainsElsewhere(TrainerCallback):
+    """Trains the same model with another Trainer after the first step."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            arguments = TrainingArguments(str(self.folder), **(DEFAULTS | {"max_steps": 1}))
+            Trainer(model, arguments, Pad(), documents(), callbacks=[FastFTCallback()]).train()
+
+
+def test_another_trainer_on_the_model_leaves_padded_batches_formed_by_tokens(tmp_path):
+    recorder = Recorder()
+    trainer, callback = budget_trainer(
+        tmp_path, tiny_model(), TrainsElsewhere(tmp_path), collator=recorder, max_steps=4
+    )
+    trainer.train()
+    (note,) = callback.report.notes
+    assert "what was left of it in padded batches, formed by up to 64 real tokens" in note
+    assert len(set(map(len, recorder.batches))) > 1
+    assert callback.report.features["packing"].metrics["packed_batches"] == 1
+
+
+@pytest.mark.parametrize("asked", [{"packing": "on"}, {"strict": True}], ids=["on", "strict"])
+def test_another_trainer_on_the_model_is_an_error_where_packing_was_asked_for(tmp_path, asked):
+    config = asked | {"moe": "off", "checkpointing": "off"}
+    trainer, callback = budget_trainer(tmp_path, tiny_model(), TrainsElsewhere(tmp_path), config=config)
+    with pytest.raises(FastFTError, match="another Trainer begins to train this model in the middle"):
+        trainer.train()
+    assert trainer.state.global_step == 1 and callback.report.state == "stopped by FastFTError"
 
 
 # What stays behind
@@ -304,6 +379,29 @@ def test_a_trainer_dies_as_a_stock_one_does(tmp_path):
         assert died == stock
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, copy.copy], ids=lambda make: make.__name__)
+def test_a_copy_of_a_trainer_trains_itself(tmp_path, make):
+    trainer, callback = budget_trainer(tmp_path, tiny_model(), max_steps=2)
+    copied = make(trainer)
+    copied.train()
+    assert copied.state.global_step == 2 and trainer.state.global_step == 0
+    (own,) = (each for each in copied.callback_handler.callbacks if isinstance(each, FastFTCallback))
+    assert (own is callback) == (copied.model is trainer.model) == (make is copy.copy)
+    assert own.report.features["packing"].metrics["budget_share"] > 0
+    trainer.train()
+    assert trainer.state.global_step == 2 and callback.report.features["packing"].metrics["budget_share"] > 0
+
+
+def test_a_pickle_holds_the_loop_of_the_trainer_in_it():
+    trainer = Trainer.__new__(Trainer)  # one with all its parts cannot be pickled, a stock one neither
+    callback = FastFTCallback(CONFIG)
+    trainer.callback_handler = types.SimpleNamespace(callbacks=[callback])
+    stand_around_loop(trainer, callback)
+    loaded = pickle.loads(pickle.dumps(trainer))
+    around = vars(loaded)["_inner_training_loop"]
+    assert around._trainer() is loaded and around._callback() is loaded.callback_handler.callbacks[0]
 
 
 def test_without_the_option_the_trainer_is_not_touched(tmp_path):

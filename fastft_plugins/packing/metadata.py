@@ -75,14 +75,17 @@ class PackedMetadata:
         return int(self.position_ids.shape[0])
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedMetadata:
-        """A copy with its tensors on ``device``; the lengths stay on the host.
+        """A copy with its tensors on ``device``, or itself if they are there already; the lengths stay on the host.
 
         Args:
             non_blocking: not needed. On the way to a GPU the host never waits, see `fastft_plugins.kernels.transfer`;
                 on the way back it always does.
         """
         tensors = (self.cu_seqlens, self.position_ids, self.seq_idx)
-        cu_seqlens, position_ids, seq_idx = upload(tensors, torch.device(device))
+        cu_seqlens, position_ids, seq_idx = moved = upload(tensors, torch.device(device))
+        # Hooks of accelerate move the arguments of every layer, and what is made once a batch is found by identity.
+        if all(map(operator.is_, moved, tensors)):
+            return self
         return replace(self, cu_seqlens=cu_seqlens, position_ids=position_ids, seq_idx=seq_idx)
 
     def pin_memory(self) -> PackedMetadata:

@@ -7,6 +7,7 @@ another number of batches. What it can do when the Trainer is made is to stand a
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -26,21 +27,48 @@ def stand_around_loop(trainer: Trainer, callback: FastFTCallback) -> None:
     The attribute that does it stays on the Trainer until the callback is removed from it, or dies; between trainings it
     does nothing.
     """
-    if _LOOP in vars(trainer):  # somebody else stands there, another callback of ours for instance
-        return
-    ledger, loop = Ledger(), getattr(type(trainer), _LOOP)
-    # Weak: an attribute that holds its owner would keep the Trainer, and with it the model, alive.
-    trainer_ref, callback_ref = weakref.ref(trainer), weakref.ref(callback)
+    if _LOOP not in vars(trainer):  # else somebody stands there, another callback of ours for instance
+        _put_around(trainer, callback)
 
-    @functools.wraps(loop)
-    def inside_a_run(*args: Any, **kwargs: Any) -> Any:
-        trainer, callback = trainer_ref(), callback_ref()
-        assert trainer is not None  # it is calling
+
+class _AroundLoop:
+    """The training loop of one Trainer inside a run of its callback. A copy or pickle belongs to the copies of both."""
+
+    def __init__(self, trainer: Trainer, callback: FastFTCallback, ledger: Ledger) -> None:
+        # Weak: an attribute that holds its owner would keep the Trainer, and with it the model, alive.
+        self._trainer, self._callback, self._ledger = weakref.ref(trainer), weakref.ref(callback), ledger
+        functools.update_wrapper(self, getattr(type(trainer), _LOOP))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        trainer, callback = self._calling(), self._callback()
+        loop = functools.partial(getattr(type(trainer), _LOOP), trainer)
         if callback is None or callback not in trainer.callback_handler.callbacks:
-            ledger.close()
-            return loop(trainer, *args, **kwargs)
+            self._ledger.close()
+            return loop(*args, **kwargs)
         with callback.run_around(trainer):
-            return loop(trainer, *args, **kwargs)
+            return loop(*args, **kwargs)
 
-    ledger.setattr(trainer, _LOOP, inside_a_run)
+    def _calling(self) -> Any:
+        """The Trainer that is calling: a shallow copy has this very object among its attributes."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            candidate = frame.f_locals.get("self")
+            if isinstance(candidate, Trainer) and vars(candidate).get(_LOOP) is self:
+                return candidate
+            frame = frame.f_back  # type: ignore[assignment]
+        return self._trainer()
+
+    def __reduce__(self) -> Any:
+        trainer, callback = self._trainer(), self._callback()
+        if trainer is None or callback is None:
+            return getattr, (Trainer, _LOOP)
+        return _put_around, (trainer, callback)
+
+
+def _put_around(trainer: Trainer, callback: FastFTCallback) -> _AroundLoop:
+    """In a copy or pickle ``trainer`` has no attributes yet; among those it gets then is the returned one."""
+    ledger = Ledger()
+    around = _AroundLoop(trainer, callback, ledger)
+    ledger.setattr(trainer, _LOOP, around)
     weakref.finalize(callback, ledger.close).atexit = False
+    return around

@@ -67,8 +67,8 @@ class DecoderHook(RunHook):
         reason = next((reason for check in self.checks if (reason := check()) is not None), None)
         if reason is not None:
             raise FastFTError(
-                f"since training began: {reason}. Packed rows are no longer safe: make that change before training "
-                "begins, in a callback that comes before FastFTCallback, or train with packing='off'"
+                f"since training began: {reason}. Packed rows are no longer safe: make that change before train() or "
+                "apply() is called, or train with packing='off'"
             )
 
     def _check_bare(self, args: Any, kwargs: dict[str, Any]) -> None:

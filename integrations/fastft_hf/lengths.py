@@ -29,10 +29,13 @@ def lengths_of(dataset: Any) -> list[int]:
 
 
 def _of_columns(dataset: Any) -> list[int]:
-    names = [name for name in ("attention_mask", "input_ids") if name in dataset.column_names][:1]
-    columns = dataset.select_columns(names or dataset.column_names).with_format("numpy")
+    """Counts in what the collator is given: a format may leave columns out, and a row may have None for a mask."""
+    given = dataset.column_names if dataset.format["output_all_columns"] else dataset.format["columns"]
+    names = [name for name in ("attention_mask", "input_ids") if name in given]
+    is_plain = bool(names) and not dataset.data.column(names[0]).null_count
+    columns = dataset.select_columns(names[:1] if is_plain else names or given)
     return [
         tokens_of(dict(zip(batch, row, strict=True)))
-        for batch in columns.iter(batch_size=_ROWS)
+        for batch in columns.with_format("numpy" if is_plain else None).iter(batch_size=_ROWS)  # numpy fails on None
         for row in zip(*batch.values(), strict=True)
     ]

@@ -12,6 +12,7 @@ pass keyword arguments on still pass the mask on, so the mask carries the metada
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +23,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from fastft_hf import own_attention
 from fastft_hf.decoder_hook import DecoderHook
 from fastft_hf.stand_in import StandInConfig, StockModule
-from fastft_hf.suitability import attention_function, family_of, why_not, why_not_attention, why_not_code
+from fastft_hf.suitability import (
+    attention_function,
+    family_of,
+    holders_of,
+    replaced_since,
+    why_not,
+    why_not_attention,
+    why_not_code,
+)
 from fastft_plugins.errors import Declined, FastFTError
 from fastft_plugins.packing import METADATA_KEY, packed_attention
 from fastft_plugins.run import Run
@@ -82,7 +91,9 @@ def inject_packed_attention(
     for attention in attentions:
         run.ledger.setattr(attention, "config", StandInConfig(attention.config, _attn_implementation=_ATTENTION_NAME))
     decoder = _innermost_model(causal_lm, attentions)
-    checks = (partial(why_not_code, causal_lm), *checks)
+    # Found once: looking for them takes long, looking at them does not.
+    holders = [weakref.ref(module) for module in holders_of(causal_lm, attentions)]
+    checks = (partial(why_not_code, causal_lm), partial(replaced_since, holders), *checks)
     hook = DecoderHook(run, family_of(causal_lm), counts_bare, checks)
     run.ledger.record(
         "the decoder's forward pre-hook", decoder.register_forward_pre_hook(hook, with_kwargs=True).remove

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,10 +71,21 @@ def why_not_attention(causal_lm: PreTrainedModel, attentions: Sequence[nn.Module
         home = _foreign_attention(attention)
         if home is not None:
             return f"{type(attention).__name__} attends by code of {home}; packed attention would take its place"
-    # The model and the parts of it that hold attention: it is common, and harmless, to replace what treats each token
-    # by itself.
+    return foreign.replaced_forward(holders_of(causal_lm, attentions))
+
+
+def holders_of(causal_lm: PreTrainedModel, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+    """The model and the parts of it that hold attention, which see whole rows.
+
+    It is common, and harmless, to replace what treats each token by itself.
+    """
     wanted = set(attentions)
-    return foreign.replaced_forward(module for module in causal_lm.modules() if wanted & set(module.modules()))
+    return [module for module in causal_lm.modules() if wanted & set(module.modules())]
+
+
+def replaced_since(holders: Sequence[weakref.ref[nn.Module]]) -> str | None:
+    """The reason if the forward of one of `holders_of` a model, as long as it lives, is somebody else's by now."""
+    return foreign.replaced_forward(module for holder in holders if (module := holder()) is not None)
 
 
 def attention_function(attention: nn.Module, implementation: str) -> Any:

@@ -118,7 +118,7 @@ def _batch_sampler(base: DataLoader[Any], budget: int) -> TokenBatchSampler:
         raise Declined("group_by_length has ordered the documents for batches of per_device_train_batch_size")
     if not _is_permutation(sampler, len(base.dataset)):  # type: ignore[arg-type]
         raise Declined(
-            f"{type(sampler).__name__} may draw other documents in each epoch, so the steps cannot be planned"
+            f"{type(sampler).__name__} may draw other documents in each epoch, or not all, so steps cannot be planned"
         )
     try:
         return TokenBatchSampler(sampler, lengths_of(base.dataset), budget, process)
@@ -129,7 +129,7 @@ def _batch_sampler(base: DataLoader[Any], budget: int) -> TokenBatchSampler:
 def _is_permutation(sampler: Any, count: int) -> bool:
     """Whether ``sampler`` is known to draw each of ``count`` documents once an epoch."""
     if type(sampler) is SequentialSampler:
-        return True
+        return len(sampler) == count  # it may be one of a part of the dataset
     is_random = type(sampler) in (RandomSampler, SeedableRandomSampler)
     return is_random and not sampler.replacement and sampler.num_samples == count
 

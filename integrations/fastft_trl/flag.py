@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -26,6 +28,16 @@ class FlagCallback(FastFTCallback):
 
     def is_asked_for(self, args: TrainingArguments) -> bool:
         return _is_set(args)
+
+    @contextlib.contextmanager
+    def run_around(self, trainer: Any) -> Iterator[None]:
+        """As the arguments are now: they may have changed since the Trainer was made."""
+        if not _is_set(trainer.args):
+            yield
+            return
+        self.config = FastFTConfig.coerce(trainer.args.fastft_config)
+        with super().run_around(trainer):
+            yield
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
