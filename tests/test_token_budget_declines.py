@@ -264,7 +264,7 @@ def test_trls_flag_is_read_when_training_begins(tmp_path):
     assert "batches hold up to 128 tokens" in str(report.features["packing"].changes) and not report.notes
     trainer.args.fastft = False
     trainer.train()
-    (callback,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, FastFTCallback))
+    (callback,) = (each for each in trainer.callback_handler.callbacks if type(each) is FastFTCallback)
     assert callback.report is report and trainer.state.global_step == 2
 
 
@@ -387,7 +387,7 @@ def test_a_copy_of_a_trainer_trains_itself(tmp_path, make):
     copied = make(trainer)
     copied.train()
     assert copied.state.global_step == 2 and trainer.state.global_step == 0
-    (own,) = (each for each in copied.callback_handler.callbacks if isinstance(each, FastFTCallback))
+    (own,) = (each for each in copied.callback_handler.callbacks if type(each) is FastFTCallback)
     assert (own is callback) == (copied.model is trainer.model) == (make is copy.copy)
     assert own.report.features["packing"].metrics["budget_share"] > 0
     trainer.train()
