@@ -264,7 +264,7 @@ def test_trls_flag_is_read_when_training_begins(tmp_path):
     assert "batches hold up to 128 tokens" in str(report.features["packing"].changes) and not report.notes
     trainer.args.fastft = False
     trainer.train()
-    (callback,) = (each for each in trainer.callback_handler.callbacks if type(each) is FastFTCallback)
+    (callback,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, FastFTCallback))
     assert callback.report is report and trainer.state.global_step == 2
 
 
