@@ -232,3 +232,13 @@ SCHEDULES: list[Callable[[Checkpoint], list[Tensor | None]]] = [
     plain, several_steps, accumulated_forwards, overtaking, layer_by_layer, nested, retained, evaluated_between,
     dropped_graph, failing_layer, autocast, without_input_gradient, second_order, transposed,
 ]  # fmt: skip
+
+
+def assert_as_stock(schedule: Callable[[Checkpoint], list[Tensor | None]], checkpoint_fn: Checkpoint) -> None:
+    """Three times in a row, the schedule gives the gradients and the random state of torch's checkpointing."""
+    found: list[list[Tensor | None]] = []
+    for each in (stock, checkpoint_fn):
+        torch.manual_seed(1)
+        found.append([grad for _ in range(3) for grad in schedule(each)])
+        found[-1].append(torch.get_rng_state())
+    assert_same(*found)
