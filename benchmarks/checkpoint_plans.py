@@ -15,18 +15,29 @@ from benchmarks.shapes import enable_checkpointing
 from fastft_hf.adapter_first import AdaptersFirst
 from fastft_plugins.checkpointing import OffloadCheckpoint
 from fastft_plugins.checkpointing.gauge import make_gauge
+from fastft_plugins.checkpointing.handle import Lane
 from fastft_plugins.checkpointing.planned import PlannedCheckpoint
 from fastft_plugins.checkpointing.products import LayerProducts
 
 Function = Callable[..., Any]
 
 
+class SerialReload(OffloadCheckpoint):
+    """What double buffering is measured against: nothing is fetched before it is needed."""
+
+    def _lane(self, device: torch.device) -> Lane:
+        lane = super()._lane(device)
+        lane.fetch_ahead = lambda handle, current: None  # type: ignore[method-assign]
+        return lane
+
+
 class Plans:
     """Sets one plan after another on the decoder layers of ``model``.
 
     ``plain``: torch's checkpointing. ``none``: every layer kept whole. ``hf-offload``: transformers' ``offload=True``.
-    ``every-N``: transformers' ``every_n_layers=N``. ``offload``: inputs offloaded, in every layer. ``keep-K``: the last
-    K layers whole, the others' inputs offloaded. ``planned``: each layer as the planner decides; ``planned@G``: in G GB
+    ``every-N``: transformers' ``every_n_layers=N``. ``offload``: inputs offloaded, in every layer. ``serial``: the same
+    with a single buffer, into which an input is fetched only once its layer's backward begins. ``keep-K``: the last K
+    layers whole, the others' inputs offloaded. ``planned``: each layer as the planner decides; ``planned@G``: in G GB
     of GPU memory. ``early``: torch's checkpointing, with LoRA's last adapters before their base products, as in
     ``keep``, ``planned`` and the following. ``products``: the products of every layer stored; ``products+offload``:
     inside offloaded checkpoints.
@@ -45,14 +56,14 @@ class Plans:
         depth = len(self.layers)
         kept = [f"keep-{depth * share // 8}" for share in (4, 6, 7)]
         names = ["plain", "planned", "offload", "hf-offload", "every-2", "every-4", *kept, "none"]
-        names += ["early", "products", "products+offload", "every-3", "every-8", "plain-again"]
+        names += ["serial", "early", "products", "products+offload", "every-3", "every-8", "plain-again"]
         return [name for name in names if name != "hf-offload" or self._hf_offload is not None]
 
     def set(self, name: str) -> None:
         """Raises ValueError for a name that is no plan."""
         # A new engine for each plan: its figures are of this plan alone.
         self.offload.close()
-        self.offload = OffloadCheckpoint()
+        self.offload = SerialReload() if name == "serial" else OffloadCheckpoint()
         device = next(self.layers[0].parameters()).device
         self.planned = None
         if name.startswith("planned"):
@@ -69,7 +80,7 @@ class Plans:
         ours, early = AdaptersFirst(self.offload), AdaptersFirst(stock)
         if name in ("plain", "plain-again"):
             return stock
-        if name == "offload":
+        if name in ("offload", "serial"):
             return self.offload
         if self.planned is not None:
             return AdaptersFirst(self.planned)

@@ -26,7 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results = [json.loads(file.read_text()) for file in options.files]
     picture = options.files[0].with_suffix(".png")
-    draw(points(results), title_of(results[0]), picture)
+    plans = points(results)
+    draw(plans, title_of(results[0]), picture)
+    for name, share in above(plans).items():
+        print(f"{name:<12} planned takes {share:.3f} of its time in the same memory")
     print(f"written to {picture}")
     return 0
 
@@ -39,6 +42,24 @@ def points(results: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
         for name, outcome in result["plans"].items():
             if outcome["status"] == "ok" and "peak_bytes" in outcome and name != "plain-again":
                 found[name] = outcome["peak_bytes"] / 1e9, outcome["median_ms"] / plain
+    return found
+
+
+def above(plans: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Of each plan set by hand, the planner's time in the same memory as a share of its own.
+
+    Between two of the planner's points the line between them counts. Plans that took less memory than the planner was
+    ever given are left out.
+    """
+    curve = sorted(place for name, place in plans.items() if name.startswith("planned"))
+    found = {}
+    for name, (memory, share) in plans.items():
+        if name.startswith("planned") or not curve or memory < curve[0][0]:
+            continue
+        lower = max(place for place in curve if place[0] <= memory)
+        upper = min((place for place in curve if place[0] > memory), default=lower)
+        way = (memory - lower[0]) / (upper[0] - lower[0]) if upper is not lower else 0.0
+        found[name] = (lower[1] + way * (upper[1] - lower[1])) / share
     return found
 
 

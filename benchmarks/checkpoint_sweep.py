@@ -1,12 +1,13 @@
 """Forward and backward under different plans of activation checkpointing: gradients, time and memory of each.
 
     python -m benchmarks.checkpoint_sweep --out benchmarks/results/NAME.json
-    python -m benchmarks.checkpoint_sweep --shape llama-8b --tokens 16384 --cap 40 --plans plain,offload,every-4
+    python -m benchmarks.checkpoint_sweep --shape llama-8b --liger --cap 40 --plans plain,offload,every-4
 
-A shape with random bf16 weights, LoRA of rank 16 on all linear layers, one packed row of documents of up to 4,096
-tokens, and a small vocabulary in place of a fused cross-entropy, so that the logits do not decide the memory. The plans
-(`benchmarks.checkpoint_plans`) take turns on one model. Before a plan is timed, its gradients under deterministic
-algorithms are compared with those of torch's checkpointing, which is run twice, to see whether it repeats itself.
+A shape with random bf16 weights, LoRA of rank 16 on all linear layers, and one packed row of documents of up to 4,096
+tokens. So that the logits do not decide the memory, the vocabulary is the shape's own with Liger's fused cross-entropy
+(``--liger``), or a small one. The plans (`benchmarks.checkpoint_plans`) take turns on one model, in several rounds.
+Before a plan is timed, its gradients under deterministic algorithms are compared with those of torch's checkpointing,
+which is run twice, to see whether it repeats itself.
 """
 
 from __future__ import annotations
@@ -56,45 +57,60 @@ def main(arguments: list[str] | None = None) -> int:
     with apply(model, {"packing": "on", "checkpointing": "off", "moe": "off"}):
         plans = Plans(model)
         truth: dict[str, Tensor] = {}
-        for name in options.plans or plans.names:
-            if time.perf_counter() - began > options.budget:
-                result["plans"][name] = {"status": "skipped: out of time"}
-                continue
-            result["plans"][name] = outcome = measure(name, plans, model, batch, truth, options)
-            print(row(name, outcome, result["plans"]), flush=True)
-            if "explanation" in outcome:
-                print("    " + outcome["explanation"], flush=True)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        for turn in range(options.rounds):
+            for name in options.plans or plans.names:
+                outcome = result["plans"].setdefault(name, {"status": "ok"})
+                if time.perf_counter() - began > options.budget:
+                    outcome["status"] = "skipped: out of time" if "median_ms" not in outcome else "ok"
+                elif outcome["status"] == "ok":
+                    measure(name, plans, model, batch, truth, outcome, options)
+                    print(row(name, outcome, result["plans"]), flush=True)
+                    if turn == 0 and "explanation" in outcome:
+                        print("    " + outcome["explanation"], flush=True)
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    options.out.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [name for name, outcome in result["plans"].items() if outcome.get("gradients") == "different"]
     print(f"{time.perf_counter() - began:.0f} s" + (f"; gradients differ: {', '.join(wrong)}" if wrong else ""))
     return 1 if wrong else 0
 
 
 def measure(
-    name: str, plans: Plans, model: nn.Module, batch: dict[str, Any], truth: dict[str, Tensor], options: Any
-) -> dict[str, Any]:
-    """One plan's gradients, then its times and memory. ``truth`` is filled by the plan that comes first."""
+    name: str,
+    plans: Plans,
+    model: nn.Module,
+    batch: dict[str, Any],
+    truth: dict[str, Tensor],
+    outcome: dict[str, Any],
+    options: Any,
+) -> None:
+    """One turn of a plan: what it finds goes into ``outcome``.
+
+    In its first turn also the gradients, and then the memory. ``truth`` is filled by the plan that comes first.
+    """
     plans.set(name)
     _settle()
     limit_memory(torch.device(options.device), float(name.partition("@")[2]) if "@" in name else options.cap)
     try:
         if plans.planned is not None:
-            gradients(model, batch)  # its first step measures, and is stock
-        outcome: dict[str, Any] = {"status": "ok", **compare(model, batch, truth)}
-        marks = [time_step(model, batch) for _ in range(2 + options.steps)][2:]
-        outcome["step_ms"] = [round(sum(mark), 3) for mark in marks]
-        outcome["forward_ms"] = [round(mark[0], 3) for mark in marks]
+            gradients(model, batch)  # its first step is stock, its second measures
+        if "gradients" not in outcome:
+            outcome |= compare(model, batch, truth)
+        elif plans.planned is not None:
+            gradients(model, batch)
+        found = memory(model, batch)  # warms up, too
+        if "peak_bytes" not in outcome:
+            outcome |= found
+        marks = [time_step(model, batch) for _ in range(options.steps)]
+        outcome.setdefault("step_ms", []).extend(round(sum(mark), 3) for mark in marks)
+        outcome.setdefault("forward_ms", []).extend(round(mark[0], 3) for mark in marks)
         outcome["median_ms"] = statistics.median(outcome["step_ms"])
-        outcome |= memory(model, batch)
         outcome["engine"] = plans.offload.metrics() if plans.offload.offloaded else {}
         outcome["stayed"] = dict(plans.offload.kept)
         if plans.planned is not None:
             outcome |= {"planner": plans.planned.metrics(), "explanation": plans.planned.explain()}
     except torch.OutOfMemoryError as error:
-        outcome = {"status": f"out of memory: {str(error).splitlines()[0][:200]}"}
+        outcome["status"] = f"out of memory: {str(error).splitlines()[0][:200]}"
     _forget(model)
-    return outcome
 
 
 def limit_memory(device: torch.device, gigabytes: float | None) -> None:
@@ -153,6 +169,7 @@ def time_step(model: nn.Module, batch: dict[str, Any]) -> tuple[float, float]:
 def memory(model: nn.Module, batch: dict[str, Any]) -> dict[str, int]:
     """Bytes on the GPU at the worst moment of a step, between its forward and backward, and what torch reserves."""
     if not batch["input_ids"].is_cuda:
+        gradients(model, batch)
         return {}
     _forget(model)
     torch.cuda.synchronize()
@@ -173,7 +190,12 @@ def make_model(options: Any) -> nn.Module:
     settings = Settings(
         shape=options.shape, layers=options.layers, device=options.device, dtype=options.dtype, trainable="lora"
     )
-    model = build_model(settings, vocab_size=options.vocab)
+    model = build_model(settings) if options.liger else build_model(settings, vocab_size=options.vocab)
+    if options.liger:
+        from transformers.integrations.liger import apply_liger_kernel
+
+        others = dict.fromkeys(("rope", "swiglu", "rms_norm", "cross_entropy"), False)
+        apply_liger_kernel(model, {"fused_linear_cross_entropy": True, **others})
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, and so would half of the gradients be
             nn.init.normal_(parameter, std=0.02)
@@ -227,9 +249,11 @@ def parse(arguments: list[str] | None) -> Any:
     add("--shape", default="llama-8b", choices=SHAPES)
     add("--layers", type=int, help="fewer than the shape has")
     add("--tokens", type=int, default=16384)
-    add("--vocab", type=int, default=4096)
+    add("--vocab", type=int, default=4096, help="ids are below it; without --liger the whole vocabulary (4096)")
+    add("--liger", action="store_true", help="the shape's own vocabulary, with Liger's fused linear cross-entropy")
     add("--dtype", default="bf16", choices=("bf16", "fp32"))
-    add("--steps", type=int, default=5, help="timed steps of each plan; their median counts (5)")
+    add("--rounds", type=int, default=2, help="how often the plans take turns (2)")
+    add("--steps", type=int, default=2, help="timed steps of each turn; the median of all counts (2)")
     add("--cap", type=float, metavar="GB", help="let this process use no more GPU memory")
     add("--plans", type=lambda text: text.split(","), metavar="A,B", help="all of them by default")
     add("--budget", type=float, default=220.0, help="seconds after which no further plan is begun (220)")
