@@ -123,8 +123,8 @@ def small_model(family, **overrides):
     }[family]
     torch.manual_seed(0)
     config = config_class(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, vocab_size=1000, **overrides,
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        vocab_size=1000, **({"num_hidden_layers": 3} | overrides),
     )  # fmt: skip
     return model_class(config).cuda().to(torch.bfloat16).train()
 
