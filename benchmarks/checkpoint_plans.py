@@ -48,7 +48,8 @@ class Plans:
         enable_checkpointing(model)
         self._hf_offload = _hf_offload(model, self.layers[0])
         self.offload = OffloadCheckpoint()
-        self.planned: PlannedCheckpoint | None = None  # of the plan of that name
+        self.planned: PlannedCheckpoint | None = None  # of the plan that is set
+        self._planned: dict[str, PlannedCheckpoint] = {}  # by the plan's name; what they have learned stays
 
     @property
     def names(self) -> list[str]:
@@ -61,13 +62,16 @@ class Plans:
 
     def set(self, name: str) -> None:
         """Raises ValueError for a name that is no plan."""
-        # A new engine for each plan: its figures are of this plan alone.
         self.offload.close()
-        self.offload = SerialReload() if name == "serial" else OffloadCheckpoint()
-        device = next(self.layers[0].parameters()).device
         self.planned = None
         if name.startswith("planned"):
-            self.planned = PlannedCheckpoint(make_gauge(device, "auto"), self.offload)
+            device = next(self.layers[0].parameters()).device
+            if name not in self._planned:
+                self._planned[name] = PlannedCheckpoint(make_gauge(device, "auto"), OffloadCheckpoint())
+            self.planned = self._planned[name]
+            self.offload = self.planned.engine
+        else:  # a new engine: its figures are of this plan alone
+            self.offload = SerialReload() if name == "serial" else OffloadCheckpoint()
         for index, layer in enumerate(self.layers):
             function = self._function(name, index)
             layer.gradient_checkpointing = function is not None

@@ -40,6 +40,7 @@ class LazyTransfer:
         self.corrupted: list[str] = []  # what would have damaged memory of others
         self.live: list[int] = []  # sizes of the host memory that is allocated
         self.copies = 0
+        self.bytes_a_millisecond: float | None = None
         self._queue: deque[Copy] = deque()
         self._computed = 0  # between two copies, there is always something new to wait for
 
@@ -69,6 +70,9 @@ class LazyTransfer:
         memory = HostMemory(nbytes)
         memory.owner = self
         return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def speed(self) -> float | None:
+        return self.bytes_a_millisecond if self.copies else None
 
     def metrics(self) -> dict[str, float]:
         return {"hidden_share": 1.0}

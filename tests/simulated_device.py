@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 class SimulatedDevice(TorchDispatchMode):
     """What is computed inside ``with device:`` takes its memory until the last tensor of it is gone.
 
+    Host memory for copies, which is not torch's own, is none of it.
+
     It is its own `fastft_plugins.checkpointing.gauge.Gauge`, whose ``budget`` may be more than its ``capacity``.
     """
 
@@ -36,7 +38,7 @@ class SimulatedDevice(TorchDispatchMode):
 
     def _allocate(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
+        if key in self._known or not storage.resizable() or storage.device.type == "meta":
             return
         if self._taken + size > self.capacity:
             raise torch.OutOfMemoryError(f"{size} bytes asked for, {self.capacity - self._taken} are free")

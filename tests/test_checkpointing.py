@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastft_plugins.checkpointing import OffloadCheckpoint
-from fastft_plugins.checkpointing.handle import Handle
+from fastft_plugins.checkpointing.offloaded import Offloaded
 
 
 @pytest.fixture
@@ -96,8 +96,8 @@ def run_actions(actions, streams, checkpoint_fn, lazy):
 
 
 def on_device():
-    """How many handles hold memory of the device."""
-    return sum(handle._on_device is not None for handle in gc.get_objects() if type(handle) is Handle)
+    """How many inputs are on the device."""
+    return sum(each._on_device is not None for each in gc.get_objects() if type(each) is Offloaded)
 
 
 def test_the_reload_of_the_layer_before_is_queued_before_a_recompute(engine):

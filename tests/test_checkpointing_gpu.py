@@ -16,10 +16,12 @@ import pytest
 import torch
 from checkpointing_helpers import SCHEDULES, Layer, Stack, assert_same, gradients, make_input, stock
 from gpu_helpers import host_syncs_are_errors
+from test_checkpointing_copied_products import copying, many_steps
 from test_checkpointing_waits import mutant, waits
 
 from fastft_plugins.checkpointing import OffloadCheckpoint
-from fastft_plugins.checkpointing import engine as engine_module
+from fastft_plugins.checkpointing import handle as handle_module
+from fastft_plugins.checkpointing import products as products_module
 from fastft_plugins.kernels import transfer as transfer_module
 from fastft_plugins.kernels.transfer import CudaTransfer
 
@@ -93,9 +95,22 @@ def test_no_schedule_has_a_race(schedule, stream, slow, monkeypatch):
     ours.close()
 
 
+@pytest.mark.parametrize("slow", SLOW)
+@pytest.mark.parametrize("stored", [False, True])
+def test_products_in_host_memory_have_no_race(stored, slow, monkeypatch):
+    disturb(monkeypatch, slow)
+    monkeypatch.setattr(products_module, "MIN_BYTES", 1)
+    ours, copied = copying(monkeypatch, engine(), stored)
+    expected = run(many_steps, stock)
+    assert_same(run(many_steps, stock), expected)
+    assert_same(run(many_steps, ours), expected)
+    assert len(copied) > 20 and None not in copied
+    ours.close()
+
+
 @pytest.mark.parametrize("number", range(len(waits())), ids=[f"line {line}" for line in waits()])
 def test_every_wait_is_needed(number, monkeypatch):
-    monkeypatch.setattr(engine_module, "Lane", mutant(number).Lane)
+    monkeypatch.setattr(handle_module, "Offloaded", mutant(number).Offloaded)
     monkeypatch.setattr(sys.modules[__name__], "CYCLES", 10 * CYCLES)  # the host must not be slower than a copy
     wrong = []
     for slow in ("copies", "computing"):

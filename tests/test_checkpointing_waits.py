@@ -14,10 +14,10 @@ import pytest
 import torch
 from checkpointing_helpers import SCHEDULES, lazy_engine, stock
 
-from fastft_plugins.checkpointing import engine as engine_module
 from fastft_plugins.checkpointing import handle as handle_module
+from fastft_plugins.checkpointing import offloaded as offloaded_module
 
-SOURCE = inspect.getsource(handle_module)
+SOURCE = inspect.getsource(offloaded_module)
 
 
 class WithoutWait(ast.NodeTransformer):
@@ -75,13 +75,13 @@ def problems(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_engine_itself_has_no_problem(monkeypatch):
     assert len(waits()) >= 4
-    monkeypatch.setattr(engine_module, "Lane", mutant(-1).Lane)
+    monkeypatch.setattr(handle_module, "Offloaded", mutant(-1).Offloaded)
     assert problems(monkeypatch) == []
 
 
 @pytest.mark.parametrize("number", range(len(waits())), ids=[f"line {line}" for line in waits()])
 def test_the_engine_without_one_wait_fails(number, monkeypatch):
-    monkeypatch.setattr(engine_module, "Lane", mutant(number).Lane)
+    monkeypatch.setattr(handle_module, "Offloaded", mutant(number).Offloaded)
     assert problems(monkeypatch)
 
 

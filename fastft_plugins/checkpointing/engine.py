@@ -7,7 +7,7 @@ It is only given an empty tensor in place of the input, and a function that fetc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastft_plugins.checkpointing.handle import Handle, Lane
+from fastft_plugins.checkpointing.handle import Handle, Lane, is_dense
 from fastft_plugins.kernels import transfer
 from fastft_plugins.kernels.host_memory import fair_share
 from fastft_plugins.kernels.pinned import rounded
-
-_ALIGNMENT = 16  # bytes: kernels may add in another order where memory begins at odd places
 
 
 class OffloadCheckpoint:
@@ -41,12 +39,23 @@ class OffloadCheckpoint:
         self._lanes: dict[torch.device, Lane] = {}
 
     def __call__(
-        self, function: Callable[..., Any], *args: Any, use_reentrant: bool | None = False, **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        use_reentrant: bool | None = False,
+        contexts: Callable[[Handle | None], Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Raises ValueError for ``use_reentrant=True``; see `torch.utils.checkpoint.checkpoint` for the rest."""
+        """Raises ValueError for ``use_reentrant=True``; see `torch.utils.checkpoint.checkpoint` for the rest.
+
+        ``contexts`` takes the place of torch's ``context_fn``. It is given the handle of what the call has offloaded,
+        None if that is nothing.
+        """
         if use_reentrant:
             raise ValueError("use_reentrant=True is not supported; leave it out, or use torch.utils.checkpoint itself")
         handle = self._offload(args[0]) if args and may_offload() else None
+        if contexts is not None:
+            kwargs["context_fn"] = partial(contexts, handle)
         if handle is None:
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         given = [args[0]]  # for the forward; a recompute finds none
@@ -58,11 +67,16 @@ class OffloadCheckpoint:
         stand_in = args[0].detach().new_empty(0)
         return checkpoint(with_input, stand_in, *args[1:], use_reentrant=False, **kwargs)
 
-    def holds(self, nbytes: int, calls: int) -> bool:
-        """Whether the inputs of so many calls, of ``nbytes`` each, are to be offloaded and have room in the budget."""
+    def holds(self, sizes: Sequence[float]) -> bool:
+        """Whether tensors of so many bytes are to be offloaded and have room in the budget, all at once."""
         budgets = [lane.pool.budget for lane in self._lanes.values()]
         budget = min(budgets) if budgets else self._new_budget()
-        return nbytes >= self.min_bytes and calls * rounded(nbytes) <= budget
+        return min(sizes) >= self.min_bytes and sum(rounded(int(size)) for size in sizes) <= budget
+
+    def speed(self) -> float | None:
+        """Bytes that lately were copied in a millisecond; None if that is not known."""
+        speeds = [speed for lane in self._lanes.values() if (speed := lane.transfer.speed()) is not None]
+        return min(speeds, default=None)
 
     def close(self) -> None:
         """Free the host memory, that of graphs that are still alive when they die."""
@@ -115,8 +129,7 @@ class OffloadCheckpoint:
                 return reason
         if source.nbytes < self.min_bytes:
             return f"the first input is smaller than {self.min_bytes:,} bytes"
-        # A copy has these strides only if no memory lies between the elements, and none is shared by two of them.
-        if source.data_ptr() % _ALIGNMENT or torch.empty_like(source, device="meta").stride() != source.stride():
+        if not is_dense(source):
             return "the first input is a view of a larger tensor"
         return None
 

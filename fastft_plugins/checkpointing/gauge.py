@@ -8,6 +8,8 @@ import torch
 
 # Of the usable memory, what "auto" leaves alone: the gaps between tensors, and libraries that allocate by themselves.
 HEAD_ROOM = 0.06
+# And what it leaves alone at first, as the gaps are not known yet: a margin, in fractions of the usable memory.
+_MARGIN, _STEP, _MOST = 0.06, 0.02, 0.08
 
 
 class Gauge(Protocol):
@@ -35,6 +37,9 @@ class Gauge(Protocol):
 class CudaGauge:
     """See `Gauge`. The peak is torch's own, so that `torch.cuda.max_memory_allocated` starts anew with it.
 
+    Each time room is asked for, the margin shrinks, until torch's allocator once had to give all of its free memory
+    back to find some in one piece. That is slow, and comes before it fails; the margin grows by each time it happens.
+
     Args:
         budget: what tensors may take: bytes, a fraction of the device's memory, or ``"auto"``, which is all that is
             usable (free, or reserved by torch) less some head-room.
@@ -43,16 +48,32 @@ class CudaGauge:
     def __init__(self, device: torch.device, budget: int | float | str) -> None:
         self.device = device
         self.budget = budget
+        self._margin = _MARGIN + _STEP
+        self._retries: int | None = None  # of the allocator, when room was asked for last
+        self._is_settled = False
 
     def room(self) -> int:
         free, total = torch.cuda.mem_get_info(self.device)
         allowed = torch.cuda.get_per_process_memory_fraction(self.device) * total
         usable = min(free + torch.cuda.memory_reserved(self.device), allowed)
+        self._adjust_margin()
         if isinstance(self.budget, str):
-            budget = (1 - HEAD_ROOM) * usable
+            budget = (1 - HEAD_ROOM - self._margin) * usable
         else:
-            budget = min(usable, self.budget * total if isinstance(self.budget, float) else self.budget)
+            asked = self.budget * total if isinstance(self.budget, float) else self.budget
+            budget = min((1 - self._margin) * usable, asked)
         return int(budget) - self.allocated()
+
+    def _adjust_margin(self) -> None:
+        if self._retries is None:  # memory that steps without a plan have left in pieces would count
+            torch.cuda.empty_cache()
+        retries = int(torch.cuda.memory_stats_as_nested_dict(self.device)["num_alloc_retries"])
+        has_failed = self._retries is not None and retries > self._retries
+        if has_failed:
+            self._margin, self._is_settled = min(_MOST, self._margin + _STEP), True
+        elif not self._is_settled:
+            self._margin = max(0.0, self._margin - _STEP)
+        self._retries = retries
 
     def allocated(self) -> int:
         return self._allocated_bytes("current")

@@ -125,9 +125,11 @@ class Measurement:
         ]
         # Of the first layer's backward only the recompute was seen. That of the second layer, with more held, is worse.
         loss = max(0, self._loss_peak - self._before - there[-1])
-        products = [self._products[position].nbytes if position in self._products else 0 for position in positions]
-        if sum(inputs) + sum(products) > _WORTH * sum(whole) or not self._host_has_time():
-            products = [0] * len(products)
+        products = [
+            tuple(self._products[position].sizes) if position in self._products else () for position in positions
+        ]
+        if sum(inputs) + sum(map(sum, products)) > _WORTH * sum(whole) or not self._host_has_time():
+            products = [()] * len(products)
         return Costs(self.tokens, whole, inputs, tuple(products), fixed, tuple(rest), loss)
 
     def layer_milliseconds(self) -> float:

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
+from fastft_plugins.checkpointing import explanation
 from fastft_plugins.checkpointing.calls import OF_USERS, checkpoint_layer, keep_layer, layer_of, trains
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint, may_offload
 from fastft_plugins.checkpointing.forwards import Forwards
 from fastft_plugins.checkpointing.gauge import Gauge
 from fastft_plugins.checkpointing.measurement import Measurement
-from fastft_plugins.checkpointing.planner import Costs, Plan, choose
+from fastft_plugins.checkpointing.planner import Costs, Plan, choose, with_others_stored
 from fastft_plugins.checkpointing.products import LayerProducts
 
 # A row this many times longer than the one measured is measured itself; up to there, costs are taken to grow with it.
 _LONGER = 1.25
+# Of what the link to host memory could copy while a layer's forward runs, what is planned with.
+_LINK_SHARE = 0.8
 
 
 class PlannedCheckpoint:
@@ -56,7 +59,7 @@ class PlannedCheckpoint:
         self._is_stale = False  # whether layers have come that were frozen when the costs were measured
         self._may_offload = True
         self._tokens = 0  # of the forward under way; those of a longer row count for more
-        self._plan: Plan | None = None  # of the forward under way; None if it has none
+        self.plan: Plan | None = None  # of the newest forward; None if it has none
         self._measurement: Measurement | None = None  # of the forward under way, or of the one before
         self._measured: Measurement | None = None  # that the costs are from
         self._shortfall = 0.0  # bytes that were missing where kept layers ran out of memory
@@ -97,7 +100,7 @@ class PlannedCheckpoint:
         if self._forwards.enter(layer, (tokens, length)):
             self._begin(tokens, length, offload)
         position = self._positions.setdefault(layer, len(self._positions))
-        if self._plan is not None:
+        if self.plan is not None:
             outputs = self._follow_plan(position, layer, function, *args, **kwargs)
         elif self._measurement is not None:
             outputs = self._measurement.run(position, layer, function, *args, stores_products=stores_products, **kwargs)
@@ -110,17 +113,26 @@ class PlannedCheckpoint:
     def _follow_plan(
         self, position: int, layer: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        assert self._plan is not None and self.costs is not None
-        checkpoint_fn: Callable[..., Any] = self._offload if self._plan.offloads else checkpoint_layer
+        plan = self.plan
+        assert plan is not None and self.costs is not None
         # A layer beyond those that were measured is checkpointed.
-        if position < self._plan.checkpointed or position >= len(self.costs.whole):
-            self.calls["offloaded" if self._plan.offloads else "checkpointed"] += 1
-            return checkpoint_fn(function, *args, **kwargs)
-        if position >= self._plan.run_again:
+        is_measured = position < len(self.costs.whole)
+        if is_measured and position >= plan.run_again:
             return self._try("kept", position, keep_layer, function, *args, **kwargs)
-        products = self._products.setdefault(layer, LayerProducts())
-        run = functools.partial(checkpoint_fn, context_fn=products.contexts)
-        return self._try("stored", position, run, function, *args, **kwargs)
+        is_stored = is_measured and plan.stores(position)
+        copied = plan.copied[position] if is_measured and plan.copied else frozenset()
+        run: Callable[..., Any] = self._offload if plan.offloads else checkpoint_layer
+        if is_stored or copied:
+            products = self._products.setdefault(layer, LayerProducts())
+            if plan.offloads:
+                contexts = functools.partial(products.contexts, offloaded=copied, stores_others=is_stored)
+                run = functools.partial(run, contexts=contexts)
+            else:
+                run = functools.partial(run, context_fn=products.contexts)
+        if is_stored:
+            return self._try("stored", position, run, function, *args, **kwargs)
+        self.calls["offloaded" if plan.offloads else "checkpointed"] += 1
+        return run(function, *args, **kwargs)
 
     def _offload(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         stayed = self.engine.kept.total()
@@ -134,7 +146,7 @@ class PlannedCheckpoint:
         self.engine.close()
         self._positions.clear()
         self._products.clear()
-        self._plan, self._measurement = None, None
+        self.plan, self._measurement = None, None
 
     def __reduce__(self) -> Any:
         """A copy or pickle, as part of a model, is torch's checkpoint: copies of a model are stock."""
@@ -152,24 +164,11 @@ class PlannedCheckpoint:
     def explain(self) -> str:
         """The plan of the longest row, and the figures that it was made from."""
         if self._forwards.overlap:
-            return (
-                "lately forwards began before the backward of the one before, or layers were called several times in "
-                "one, so all layers were checkpointed"
-            )
+            return explanation.OVERLAP
         if self._longest is None or self.costs is None:
-            return "no step has shown yet what its layers hold, so all of them were checkpointed"
+            return explanation.NOT_MEASURED
         tokens, room, plan = self._longest
-        costs, depth = self.costs, len(self.costs.whole)
-        whole, products, inputs = (
-            f"{sum(sizes) / depth / costs.tokens / 1e3:.3g} kB" for sizes in (costs.whole, costs.products, costs.inputs)
-        )
-        where = ", the inputs of both in host memory" if plan.offloads else ""
-        return (
-            f"rows of {tokens:,} tokens, {room / 1e9:.3g} GB to plan with: {depth - plan.run_again} of {depth} layers "
-            f"kept whole, {plan.stored} with their products stored, {plan.checkpointed} checkpointed{where}; a layer "
-            f"holds {whole} a token whole, {products} of products and {inputs} as its input; the rest is "
-            f"{costs.loss / 1e9:.3g} GB at the loss and at most {max(costs.rest) / 1e9:.3g} GB in a layer's backward"
-        )
+        return explanation.explain(self.costs, plan, tokens, room)
 
     def _begin(self, tokens: int, length: int, offload: bool) -> None:
         """A forward over ``tokens`` tokens in rows of ``length`` begins."""
@@ -184,7 +183,7 @@ class PlannedCheckpoint:
         if self._is_stale:
             self._positions.clear()
             self.costs, self._is_stale = None, False
-        self._plan, self._measurement = None, None
+        self.plan, self._measurement = None, None
         if self._forwards.overlap:  # the first of two would take the memory of the second
             return
         if self._must_measure(tokens, length):
@@ -198,20 +197,42 @@ class PlannedCheckpoint:
         self._tokens = int(tokens * max(1.0, length / self._measured.length))
         to_come = max(0, self._gradients_to_come() - self._measured.to_come)
         room = self._gauge.room() - self._shortfall - to_come
-        may_offload = self._may_offload and self.engine.holds(self._input_bytes(), len(self.costs.inputs))
-        self._plan = choose(self.costs, self._tokens, room, always_offload=offload, may_offload=may_offload)
+        growth = max(1.0, self._tokens / self.costs.tokens)
+        may_offload = self._may_offload and self.engine.holds([growth * size for size in self.costs.inputs])
+        chosen = functools.partial(
+            choose, self.costs, self._tokens, room, always_offload=offload, may_offload=may_offload
+        )
+        self.plan = chosen(copied=self._copied(growth))
+        if self.plan.run_again and may_offload and any(self.costs.products) and self.engine.speed() is None:
+            self.plan = chosen(always_offload=True)  # to know the link's speed
+        unknown = self._unknown() if self.plan.copied else []
+        if unknown:  # what is copied has been checked before: meanwhile, as many layers as there is room for are
+            self.plan = with_others_stored(self.costs, chosen(), unknown, self._tokens, room)
         self.forwards += 1
         if self._longest is None or tokens >= self._longest[0]:
-            self._longest = tokens, room, self._plan
+            self._longest = tokens, room, self.plan
 
     def _must_measure(self, tokens: int, length: int) -> bool:
         if self.costs is None or self._measured is None or len(self.costs.whole) < len(self._positions):
             return True
         return tokens > _LONGER * self.costs.tokens or length > _LONGER * self._measured.length
 
-    def _input_bytes(self) -> int:
-        assert self.costs is not None
-        return int(max(self.costs.inputs) * max(1.0, self._tokens / self.costs.tokens))
+    def _copied(self, growth: float) -> tuple[frozenset[int], ...]:
+        """Of each layer, the products that there is time to copy to host memory beside its forward, and room for."""
+        assert self.costs is not None and self._measured is not None
+        speed = self.engine.speed() if any(self.costs.products) else None
+        if speed is None:
+            return ()
+        link = _LINK_SHARE * speed * self._measured.layer_milliseconds() - max(self.costs.inputs)
+        copied = self.costs.largest(link, least=self.engine.min_bytes)
+        sizes = [sizes[index] for sizes, chosen in zip(self.costs.products, copied, strict=False) for index in chosen]
+        return copied if self.engine.holds([growth * size for size in (*self.costs.inputs, *sizes)]) else ()
+
+    def _unknown(self) -> list[int]:
+        """The positions of layers that are to run again and whose products have not been checked."""
+        assert self.plan is not None
+        known = {self._positions.get(layer) for layer, products in self._products.items() if products.is_known}
+        return [position for position in range(self.plan.run_again) if position not in known]
 
     def _gradients_to_come(self) -> int:
         """Bytes of gradients that the next backward makes, as there are none yet to add to."""
@@ -237,8 +258,8 @@ class PlannedCheckpoint:
 
     def _plan_smaller(self, position: int) -> None:
         """What the layers from ``position`` on hold has no room: plan without it from now on, and a layer's more."""
-        assert self.costs is not None and self._plan is not None
-        kept = self._plan.run_again
-        held = [*self.costs.products[:kept], *self.costs.whole[kept:]]
+        assert self.costs is not None and self.plan is not None
+        kept = self.plan.run_again
+        held = [*self.costs.stored[:kept], *self.costs.whole[kept:]]
         self._shortfall += (sum(held[position:]) + max(held)) * self._tokens / self.costs.tokens
-        self._plan = Plan(len(held), offloads=True)
+        self.plan = Plan(len(held), offloads=True)

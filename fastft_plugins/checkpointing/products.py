@@ -9,15 +9,22 @@ twice, as with torch's plain checkpoint.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from fastft_plugins.checkpointing.offloaded import Offloaded
+
+if TYPE_CHECKING:
+    from fastft_plugins.checkpointing.handle import Handle
 
 # A narrower product is memory-bound: to compute it again takes hardly longer than to read it. LoRA's second one is.
 MIN_WIDTH = 256
+MIN_BYTES = 2**20  # what is smaller stays on the device
+_CHANGED = object()
 
 _aten = torch.ops.aten
 _MATRIX_PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0}  # where the first factor is
@@ -57,20 +64,36 @@ class LayerProducts:
 
     def __init__(self) -> None:
         self._total: int | None = None  # of a forward; None before the first recompute has ended
-        self._is_same: dict[int, Tensor] = {}  # found in the first recompute, not waited for
+        self._found: tuple[list[int], Tensor | None] = [], None  # in the first recompute, not waited for
         self._trusted: set[int] | None = None
 
-    def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """For the ``context_fn`` of torch's checkpoint: of one call's forward, and of each time it runs again."""
+    @property
+    def is_known(self) -> bool:
+        """Whether its first recompute has ended."""
+        return self._total is not None
+
+    def contexts(
+        self, handle: Handle | None = None, *, offloaded: frozenset[int] = frozenset(), stores_others: bool = True
+    ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """For the ``context_fn`` of torch's checkpoint: of one call's forward, and of each time it runs again.
+
+        Args:
+            handle: of what the call offloads.
+            offloaded: the products, by their number in the forward, that are stored in host memory.
+            stores_others: whether all others are stored on the device.
+        """
         if self._trusted is None and self._total is not None:
-            self._trusted = {index for index, is_same in self._is_same.items() if bool(is_same)}
-        call = _Call(self, self._trusted)
+            indices, is_same = self._found
+            same = [] if is_same is None else is_same.tolist()  # waits for the device, once in a layer's life
+            self._trusted = {index for index, known in zip(indices, same, strict=True) if known}
+        call = _Call(self, self._trusted, handle, offloaded if handle is not None else frozenset(), stores_others)
         return _Storing(call), _LookingUp(call)
 
     def learn(self, total: int, is_same: dict[int, Tensor]) -> None:
         """A first recompute has ended."""
         if self._total is None:
-            self._total, self._is_same = total, is_same
+            self._total = total
+            self._found = list(is_same), torch.stack([*is_same.values()]) if is_same else None
 
     def has(self, total: int) -> bool:
         """Whether a forward with so many products is like the one that was learned from."""
@@ -80,17 +103,69 @@ class LayerProducts:
 class _Call:
     """The products of one call of a layer."""
 
-    def __init__(self, layer: LayerProducts, trusted: set[int] | None) -> None:
+    def __init__(
+        self,
+        layer: LayerProducts,
+        trusted: set[int] | None,
+        handle: Handle | None,
+        offloaded: frozenset[int],
+        stores_others: bool,
+    ) -> None:
         self.layer, self.trusted = layer, trusted
         self.total = 0
         self.outputs: dict[int, tuple[Any, Any, list[int]]] = {}  # operation, aliases, versions, by index
+        self._handle, self._offloaded, self._stores_others = handle, offloaded, stores_others
+
+    def store(self, op: Any, outputs: Any) -> None:
+        """Keep the forward's next product, if it is to be looked up."""
+        index, self.total = self.total, self.total + 1
+        if self.trusted is not None and index not in self.trusted:
+            return
+        aliases = tree_map_only(Tensor, _alias, outputs)
+        # What has not been checked yet is not copied: a kernel that writes over it would race with the copy.
+        if self.trusted is not None and index in self._offloaded:
+            aliases = self._offload(aliases)
+        elif not self._stores_others:
+            return
+        if aliases is not None:
+            self.outputs[index] = op, aliases, _versions(aliases)
+
+    def look_up(self, index: int, op: Any) -> Any:
+        """A product of the forward; None if it is not there, or not as it was."""
+        stored_by, outputs, versions = self.outputs.get(index, (None, None, []))
+        if stored_by is not op or versions != _versions(outputs):
+            return None
+        leaves, structure = tree_flatten(outputs)
+        leaves = [self._take(leaf) for leaf in leaves]
+        return None if any(leaf is _CHANGED for leaf in leaves) else tree_unflatten(leaves, structure)
 
     def forget(self, written: Tensor) -> None:
         """What shares memory with a tensor that is written to; versions do not tell, as not all views share them."""
         memory = written.untyped_storage().data_ptr()
         for index, (_, outputs, _) in list(self.outputs.items()):
-            if any(leaf.untyped_storage().data_ptr() == memory for leaf in tree_leaves(outputs) if _is_there(leaf)):
+            leaves = tree_leaves(outputs)
+            if any(_shares(leaf, memory) for leaf in leaves):
                 del self.outputs[index]
+                if self._handle is not None:
+                    self._handle.forget(leaf for leaf in leaves if isinstance(leaf, Offloaded))
+
+    def _offload(self, aliases: Any) -> Any:
+        """The same with handles of what is offloaded in place of the large tensors; None if there is no room."""
+        assert self._handle is not None
+        leaves, structure = tree_flatten(aliases)
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.nbytes >= MIN_BYTES:
+                leaves[position] = self._handle.offload_product(leaf)
+                if leaves[position] is None:
+                    return aliases if self._stores_others else None
+        return tree_unflatten(leaves, structure)
+
+    def _take(self, leaf: Any) -> Any:
+        if isinstance(leaf, Offloaded):
+            assert self._handle is not None
+            tensor = self._handle.take_product(leaf)
+            return _CHANGED if tensor is None else tensor
+        return _alias(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 class _ProductMode(TorchDispatchMode):
@@ -104,18 +179,16 @@ class _ProductMode(TorchDispatchMode):
 
 
 class CountProducts(_ProductMode):
-    """Counts the products computed inside, and the bytes of their outputs."""
+    """Of each product computed inside, the bytes of its outputs."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-        self.nbytes = 0
+        self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
         if is_product(func, args, kwargs or {}):
-            self.count += 1
-            self.nbytes += sum(leaf.nbytes for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+            self.sizes.append(sum(leaf.nbytes for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)))
         return outputs
 
 
@@ -129,10 +202,7 @@ class _Storing(_ProductMode):
         for written in _written(func, args, kwargs or {}):
             call.forget(written)
         if is_product(func, args, kwargs or {}):
-            if call.trusted is None or call.total in call.trusted:
-                aliases = tree_map_only(Tensor, _alias, outputs)
-                call.outputs[call.total] = func, aliases, _versions(aliases)
-            call.total += 1
+            call.store(func, outputs)
         return outputs
 
 
@@ -157,27 +227,36 @@ class _LookingUp(_ProductMode):
             return func(*args, **(kwargs or {}))
         index, call = self._next, self._call
         self._next += 1
-        stored_by, outputs, versions = call.outputs.get(index, (None, None, []))
         # What was changed in place since is computed again: its inputs are here. So is all in the second backward of a
         # graph that was kept, as the first one may have written over what it was given.
-        if stored_by is not func or versions != _versions(outputs) or self._runs > 1:
+        if self._runs > 1:
             return func(*args, **(kwargs or {}))
         if call.trusted is None:
-            again = func(*args, **(kwargs or {}))
-            self._is_same[index] = _is_same(again, outputs)
+            again, outputs = func(*args, **(kwargs or {})), call.look_up(index, func)
+            if outputs is not None:
+                self._is_same[index] = _is_same(again, outputs)
             return again
-        if not call.layer.has(call.total):  # another path through the layer: the indices are not those learned
-            return func(*args, **(kwargs or {}))
-        return tree_map_only(Tensor, _alias, outputs)
+        # On another path through the layer, the indices are not those that were learned.
+        outputs = call.look_up(index, func) if call.layer.has(call.total) else None
+        return func(*args, **(kwargs or {})) if outputs is None else outputs
 
 
 def _is_same(one: Any, other: Any) -> Tensor:
     """Whether two results are equal bit by bit, on their device. Of attention's, the first one counts."""
     one, other = ((value if isinstance(value, Tensor) else value[0]).contiguous() for value in (one, other))
     if one.shape != other.shape or one.dtype != other.dtype:
-        return torch.zeros((), dtype=torch.bool)
-    is_same: Tensor = (one.view(torch.uint8) == other.view(torch.uint8)).all()
+        return torch.zeros((), dtype=torch.bool, device=one.device)
+    # Eight bytes at a time where that is possible, so that what is compared takes little memory.
+    whole = torch.int64 if one.nbytes % 8 == 0 and one.data_ptr() % 8 == other.data_ptr() % 8 == 0 else torch.uint8
+    one, other = (value.flatten().view(torch.uint8).view(whole) for value in (one, other))
+    is_same: Tensor = (one == other).all()
     return is_same
+
+
+def _shares(leaf: Any, memory: int) -> bool:
+    if isinstance(leaf, Offloaded):
+        return leaf.shares(memory)
+    return _is_there(leaf) and leaf.untyped_storage().data_ptr() == memory
 
 
 def _written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

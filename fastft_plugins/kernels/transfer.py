@@ -10,15 +10,17 @@ would stand behind the activations of a whole step, and the next step would wait
 from __future__ import annotations
 
 import functools
+import itertools
 import mmap
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 _MEASURED = 1024  # waits of which the figures are kept
+_RECENT = 128  # of these, the ones that the speed is from
 
 
 class Transfer(Protocol):
@@ -42,8 +44,21 @@ class Transfer(Protocol):
     def allocate(self, nbytes: int) -> Tensor:
         """Host memory for copies, uint8 ``[nbytes]``; its contents are undefined. It is freed after the last copy."""
 
+    def speed(self) -> float | None:
+        """Bytes that lately were copied in a millisecond, without waiting; None if no copy is known to be done."""
+
     def metrics(self) -> dict[str, float]:
         """Figures of the copies so far, for a report."""
+
+
+class _Copy(NamedTuple):
+    nbytes: int
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+
+    def milliseconds(self) -> float:
+        elapsed: float = self.begin.elapsed_time(self.end)
+        return elapsed
 
 
 class CudaTransfer:
@@ -52,7 +67,7 @@ class CudaTransfer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._queue = torch.cuda.Stream(device)
-        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=_MEASURED)
+        self._waits: deque[tuple[_Copy, torch.cuda.Event]] = deque(maxlen=_MEASURED)
         self._pageable_bytes = 0
 
     def compute_stream(self) -> torch.cuda.Stream:
@@ -62,19 +77,17 @@ class CudaTransfer:
         event: torch.cuda.Event = stream.record_event()
         return event
 
-    def copy(
-        self, destination: Tensor, source: Tensor, after: torch.cuda.Event
-    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def copy(self, destination: Tensor, source: Tensor, after: torch.cuda.Event) -> _Copy:
         self._queue.wait_event(after)
         begin = self._queue.record_event(_timed())
         with torch.no_grad(), torch.cuda.stream(self._queue):
             destination.copy_(source, non_blocking=True)
-        return begin, self._queue.record_event(_timed())
+        return _Copy(source.nbytes, begin, self._queue.record_event(_timed()))
 
-    def wait(self, stream: torch.cuda.Stream, copy: tuple[torch.cuda.Event, torch.cuda.Event]) -> None:
+    def wait(self, stream: torch.cuda.Stream, copy: _Copy) -> None:
         reached = stream.record_event(_timed())
-        stream.wait_event(copy[1])
-        self._waits.append((*copy, reached))
+        stream.wait_event(copy.end)
+        self._waits.append((copy, reached))
 
     def keep_for(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         tensor.record_stream(stream)  # does nothing if the memory was allocated on this stream, as it is nearly always
@@ -90,12 +103,17 @@ class CudaTransfer:
             _forget_cuda_error(self.device)
         return host
 
+    def speed(self) -> float | None:
+        done = [copy for copy, _ in itertools.islice(reversed(self._waits), _RECENT) if copy.end.query()]
+        milliseconds = sum(copy.milliseconds() for copy in done)
+        return sum(copy.nbytes for copy in done) / milliseconds if milliseconds else None
+
     def metrics(self) -> dict[str, float]:
         """``hidden_share``: of the time of the copies, the part in which the computation did not wait for them."""
         torch.cuda.synchronize(self.device)
         waits = list(self._waits)
-        copying = sum(begin.elapsed_time(end) for begin, end, _ in waits)
-        waiting = sum(max(0.0, reached.elapsed_time(end)) for _, end, reached in waits)
+        copying = sum(copy.milliseconds() for copy, _ in waits)
+        waiting = sum(max(0.0, reached.elapsed_time(copy.end)) for copy, reached in waits)
         figures = {"pageable_bytes": float(self._pageable_bytes)} if self._pageable_bytes else {}
         if copying:
             figures |= {"copy_ms": copying / len(waits), "hidden_share": max(0.0, 1 - waiting / copying)}
