@@ -97,7 +97,7 @@ def measure(
     try:
         is_first = "gradients" not in outcome
         if plans.planned is not None:
-            _settle_plan(plans.planned, lambda: gradients(model, batch))
+            outcome["settling_s"] = _settle_plan(plans.planned, lambda: gradients(model, batch))
         if is_first:
             outcome |= compare(model, batch, truth)
         found = memory(model, batch)  # warms up, too
@@ -116,12 +116,21 @@ def measure(
     _forget(model)
 
 
-def _settle_plan(planned: PlannedCheckpoint, step: Callable[[], Any]) -> None:
-    """Step until the plan stays as it is: it measures, checks what it will look up, and shrinks its margin."""
+def _settle_plan(planned: PlannedCheckpoint, step: Callable[[], Any]) -> list[float]:
+    """Step until the plan stays as it is: it measures, checks what it will look up, and shrinks its margin.
+
+    The seconds of each step come back: host memory is allocated in some.
+    """
     seen: list[Plan | None] = []
+    seconds = []
     while len(seen) < _MOST_STEPS and (len(seen) < 5 or len(set(seen[-3:])) > 1):
+        began = time.perf_counter()
         step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(round(time.perf_counter() - began, 3))
         seen.append(planned.plan)
+    return seconds
 
 
 def limit_memory(device: torch.device, gigabytes: float | None) -> None:
