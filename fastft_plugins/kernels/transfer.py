@@ -9,6 +9,7 @@ would stand behind the activations of a whole step, and the next step would wait
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import mmap
@@ -95,7 +96,10 @@ class CudaTransfer:
     def allocate(self, nbytes: int) -> Tensor:
         # Whole pages of our own, as page-locking goes by pages; torch's pinned memory comes in powers of two.
         pages = _Pages(-1, nbytes)
-        host = torch.frombuffer(pages, dtype=torch.uint8)
+        with contextlib.suppress(AttributeError, OSError):  # not on every system
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        # Touched first by all of torch's threads: page-locking would bring the pages in one by one (2.6 GB/s).
+        host = torch.frombuffer(pages, dtype=torch.uint8).zero_()
         if int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), nbytes, 0)) == 0:
             pages.locked_at, pages.queue = host.data_ptr(), self._queue
         else:
