@@ -50,19 +50,24 @@ def read(file: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: the file cannot be read, or lacks part of a result.
     """
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    if not isinstance(result, dict) or "schema" not in result or "cases" in result:
+    result = load(file)
+    if not isinstance(result, dict) or "schema" not in result or result.keys() & {"cases", "plans"}:
         return None
     try:
         markdown({file.stem: result})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"not a complete result of benchmarks.run ({error!r})") from error
     return result
+
+
+def load(file: Path) -> Any:
+    """Raises ValueError for a file that cannot be read or is not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
 
 
 def markdown(results: Mapping[str, dict[str, Any]]) -> str:
