@@ -64,6 +64,11 @@ def values_of(run: dict[str, Any], metric: str) -> list[float]:
     return [] if value is None else [value]
 
 
+def model_text(settings: dict[str, Any]) -> str:
+    layers = f" ({settings['layers']} layers)" if settings["layers"] else ""
+    return f"{settings['shape']}{layers}"
+
+
 def training_text(settings: dict[str, Any]) -> str:
     """What is trained and how; a result of before an option was there lacks it."""
     base = f" on {settings['quantize']}" if settings.get("quantize") else ""

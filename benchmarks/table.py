@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.summary import pairs_text, ratios, training_text
+from benchmarks.summary import model_text, pairs_text, ratios, training_text
 
 RESULTS = Path(__file__).parent / "results"
 _HEADER = (
@@ -74,12 +74,13 @@ def markdown(results: Mapping[str, dict[str, Any]]) -> str:
     """One table for each machine, since absolute times of different GPUs do not compare; the keys name the files."""
     tables: dict[str, list[str]] = {}
     for name, result in results.items():
-        rows = tables.setdefault(_machine(result["environment"]), [])
+        rows = tables.setdefault(machine(result["environment"]), [])
         rows += [_row(name, result, stack, numbers) for stack, numbers in result["summary"].items() if numbers]
     return "\n\n".join(f"{machine}:\n\n{_HEADER}\n" + "\n".join(rows) for machine, rows in tables.items())
 
 
-def _machine(environment: dict[str, Any] | None) -> str:
+def machine(environment: dict[str, Any] | None) -> str:
+    """The GPU and the versions of torch and transformers."""
     if environment is None:
         return "unknown machine"
     packages = environment["packages"]
@@ -91,10 +92,9 @@ def _row(name: str, result: dict[str, Any], stack: str, numbers: dict[str, Any])
     settings, peak = result["settings"], numbers["peak_memory_bytes"]
     ratio = next((row for row in result["ratios"] if row["stack"] == stack), None)
     speed = ratio and ratio["tokens_per_s"]
-    model = settings["shape"] + (f" ({settings['layers']} layers)" if settings["layers"] else "")
     cells = [
         name,
-        model,
+        model_text(settings),
         f"{training_text(settings)}, {settings['tokens']} tokens of {settings['lengths']}",
         stack,
         f"{numbers['tokens_per_s']['p50']:,.0f}",
