@@ -19,6 +19,7 @@ import trl
 import trl_helpers
 from hf_helpers import documents, losses, make_trainer, tiny_model
 from moe_helpers import tiny_causal_lm
+from packaging.version import Version
 from torch.testing import assert_close
 from transformers import AttentionInterface, TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
@@ -72,6 +73,8 @@ SFT = {
 @pytest.mark.parametrize("case", SFT)
 def test_sft(tmp_path, case):
     data, options = SFT[case]
+    if case == "dft loss" and Version(trl.__version__) < Version("1.15"):
+        pytest.skip("this TRL hands the loss to the Trainer as compute_loss_func, with which packing stays off")
 
     def make(folder, **more):
         return sft_trainer(folder, data(), **options, **more)
