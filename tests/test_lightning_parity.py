@@ -365,7 +365,7 @@ class SaveReport(lightning.Callback):
         (self.path / f"{trainer.global_rank}.json").write_text(json.dumps(self.callback.report.to_dict()))
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_spawn"])
 def test_two_processes(tmp_path, strategy, monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK"):  # Lightning keeps them set
         monkeypatch.setenv(name, "")
