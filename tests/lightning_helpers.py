@@ -65,6 +65,15 @@ class NamedArguments(Module):
         return self.model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).loss
 
 
+class TuningItsRate(Module):
+    """Has what `LearningRateFinder` sets."""
+
+    lr = 0.05
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
 class DictOutput(Module):
     def training_step(self, batch, batch_idx):
         return {"loss": super().training_step(batch, batch_idx) * 0.5, "rows": len(batch["input_ids"])}

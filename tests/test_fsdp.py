@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+from process_helpers import run_in_two_processes
 
 LOOP = """
 import torch
@@ -103,20 +99,6 @@ assert callback.report.features["packing"].metrics["packed_batches"] == len(loss
 assert_close(packed_losses, losses, rtol=2e-6, atol=2e-6)
 assert_close(packed_weights, weights, rtol=0, atol=2e-6)
 """
-
-
-def run_in_two_processes(folder: Path, script: str) -> None:
-    (folder / "script.py").write_text(script)
-    path = os.pathsep.join(map(str, [ROOT, ROOT / "integrations", TESTS, *filter(None, sys.path)]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, folder / "script.py", folder],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_loop_of_ones_own(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytorch_lightning
 import torch
 import transformers
 from hf_helpers import FAMILIES, Pad, documents, tiny_model
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning_helpers import (
     Accuracy,
     DictOutput,
@@ -20,6 +21,7 @@ from lightning_helpers import (
     OwnLoss,
     OwnLossBesideTheModels,
     Steps,
+    TuningItsRate,
     declare_entry_points,
     loader,
     make_trainer,
@@ -120,6 +122,85 @@ def test_options_of_the_trainer(tmp_path, options):
 )
 def test_dataloader_workers(tmp_path, options):
     compare(tmp_path, make_loader=lambda: loader(**options), max_epochs=2)
+
+
+class PadWithMore(Pad):
+    """Columns for the module itself, which it does not pass on."""
+
+    def __call__(self, features):
+        return super().__call__(features) | {"index": torch.arange(len(features)), "source": ["somewhere"] * 4}
+
+
+def test_columns_that_the_model_does_not_get(tmp_path):
+    compare(tmp_path, NamedArguments, lambda: loader(PadWithMore("right", 1)))
+
+
+class InOrder(Pad):
+    def __call__(self, features):
+        return tuple(super().__call__(features).values())
+
+
+class Elsewhere(Pad):
+    """Under other names, one level down."""
+
+    def __call__(self, features):
+        ids, mask, labels = super().__call__(features).values()
+        return {"text": {"tokens": ids, "is_real": mask}, "target": [labels]}
+
+
+class Unpacks(Module):
+    def loss(self, batch):
+        ids, mask, labels = batch
+        return self.model(ids, mask, labels=labels).loss
+
+
+class LooksElsewhere(Module):
+    def loss(self, batch):
+        text = batch["text"]
+        return self.model(text["tokens"], text["is_real"], labels=batch["target"][0]).loss
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}], ids=["here", "worker"])
+@pytest.mark.parametrize(("make_module", "collator"), [(Unpacks, InOrder), (LooksElsewhere, Elsewhere)])
+def test_batches_that_only_training_step_understands(tmp_path, make_module, collator, options):
+    compare(tmp_path, make_module, lambda: loader(collator("right", 1), **options), max_epochs=2)
+
+
+def test_a_loader_without_a_collator_of_batches(tmp_path):
+    batches = [Pad("right", 1)(documents(4, seed=seed)) for seed in range(6)]
+
+    class NoDataLoader:
+        def __iter__(self):
+            return iter(batches)
+
+    compare(tmp_path, make_loader=lambda: torch.utils.data.DataLoader(batches, batch_size=None))
+    compare(tmp_path, make_loader=NoDataLoader)
+
+
+def test_labels_where_the_padding_is_keep_their_batches(tmp_path):
+    class IdsAsLabels(Unpacks):
+        def loss(self, batch):
+            ids, mask, _ = batch
+            return self.model(ids, mask, labels=ids).loss
+
+    plugin, ours, stock = FastFTPlugin(), IdsAsLabels(), IdsAsLabels()
+    for module, plugins in ((stock, None), (ours, [plugin])):
+        make_trainer(tmp_path, plugins=plugins).fit(module, loader(InOrder("right", 1)))
+    assert ours.losses == stock.losses
+    assert "labels on padding positions" in plugin.report.features["packing"].reason
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["plain", "persistent"])
+def test_loaders_that_were_made_before_the_run(tmp_path, options):
+    """Lightning lets `LearningRateFinder` train before any other callback, and keeps the loaders it has made."""
+    modules, callback = [], FastFTLightningCallback({"packing": "on"})
+    for callbacks in ([], [callback]):
+        finder, module = LearningRateFinder(num_training_steps=3), TuningItsRate()
+        make_trainer(tmp_path, callbacks=[*callbacks, finder], max_epochs=2).fit(module, loader(**options))
+        modules.append(module)
+    stock, ours = modules
+    assert_close(ours.losses, stock.losses, **EXACT)
+    assert callback.report.features["packing"].metrics["packed_batches"] == 12
 
 
 def test_rows_that_the_user_packed(tmp_path):
@@ -284,7 +365,7 @@ class SaveReport(lightning.Callback):
         (self.path / f"{trainer.global_rank}.json").write_text(json.dumps(self.callback.report.to_dict()))
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_spawn"])
 def test_two_processes(tmp_path, strategy, monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK"):  # Lightning keeps them set
         monkeypatch.setenv(name, "")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 from typing import Any
 
 import pytest
 import torch
 from hf_helpers import documents, losses, make_trainer, tiny_model
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning_helpers import Module, loader
 from lightning_helpers import make_trainer as make_lightning_trainer
 from moe_helpers import tiny_causal_lm
@@ -126,3 +127,23 @@ def test_lightnings_loggers_get_them(tmp_path: Any, accumulate: int) -> None:
     logged = [row for row in ours if own(row, "ours")]
     assert [row["step"] for row in logged] == [1, 3] and all(own(row, "ours") == PACKING for row in logged)
     assert [row.keys() for row in ours if not own(row, "ours")] == [row.keys() for row in stock]
+
+
+def test_lightning_without_a_logger_logs_no_step(tmp_path: Any, monkeypatch: Any) -> None:
+    """Taking the numbers may wait for the GPU, and stock does not wait where nobody is given any."""
+    closed: list[int] = []
+    monkeypatch.setattr(Window, "close", lambda self, step: closed.append(step) or {})
+    for logger in (Records(), False):
+        options = {"log_every_n_steps": 2, "callbacks": [FastFTLightningCallback()]}
+        make_lightning_trainer(tmp_path, logger=logger, **options).fit(Module(), loader())
+    assert closed == [1, 3, 5]
+
+
+def test_lightnings_csv_file_gets_them(tmp_path: Any) -> None:
+    logger = CSVLogger(tmp_path)
+    options = {"log_every_n_steps": 2, "callbacks": [FastFTLightningCallback({"packing": "on"})]}
+    make_lightning_trainer(tmp_path, logger=logger, **options).fit(Module(), loader())
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("train_loss_step", *PACKING):
+        assert [row["step"] for row in rows if row[name]] == ["1", "3", "5"]

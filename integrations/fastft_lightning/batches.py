@@ -6,7 +6,7 @@ Shape suffixes: B rows, S padded length, T real tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata
 from fastft_plugins.packing.batch import PackedBatch
+from fastft_plugins.packing.collator import PACKED_KEYS
 from fastft_plugins.packing.metadata import NotPacked
 
 # What a model's forward takes from a batch, and packing replaces.
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "position_ids")
+_OF_A_ROW = (*MODEL_INPUTS, *sorted(PACKED_KEYS), METADATA_KEY)
 
 
 class Twin:
@@ -59,10 +61,12 @@ class Twin:
     def follow(self, batch: Any) -> Twin:
         """The twin of ``batch`` after its move to the device; from here on its tensors are known by identity."""
         inputs = {name: batch[name] for name in self.inputs}
+        if isinstance(self.row, NotPacked):  # perhaps of a batch without input_ids
+            return Twin(self.row, inputs, None)
+        assert self.index_T is not None
         device = batch["input_ids"].device
-        index_T = None if self.index_T is None else self.index_T.to(device, non_blocking=True)
-        row = self.row if isinstance(self.row, NotPacked) else PackedBatch(self.row).to(device)
-        moved = Twin(row, inputs, index_T)
+        index_T = self.index_T.to(device, non_blocking=True)
+        moved = Twin(PackedBatch(self.row).to(device), inputs, index_T)
         moved._versions = {name: tensor._version for name, tensor in inputs.items()}
         return moved
 
@@ -80,24 +84,29 @@ class TwinCollator:
 
     def __init__(self, inner: Any, wrap_collator: Callable[[Any], Any]) -> None:
         self.inner = inner
-        self.pack = wrap_collator(_as_it_is)
+        self.pack = packer(wrap_collator)
 
     def __call__(self, features: Any) -> Any:
         batch = self.inner(features)
         if not isinstance(batch, MutableMapping):
             return batch
-        packed = self.pack(batch)
-        metadata = packed[METADATA_KEY]
+        twin = make_twin(batch, self.pack)
         batch = copy.copy(batch)
-        batch.pop(METADATA_KEY, None)  # of a padding-free collator of the user's own
-        inputs = {name: batch[name] for name in MODEL_INPUTS if isinstance(batch.get(name), Tensor)}
-        if isinstance(metadata, NotPacked):
-            batch[METADATA_KEY] = Twin(metadata, inputs, None)
-            return batch
-        mask = inputs.get("attention_mask")
-        index_T = torch.arange(metadata.total_tokens) if mask is None else mask.flatten().nonzero().flatten()
-        batch[METADATA_KEY] = Twin(dict(packed), inputs, index_T)
+        batch[METADATA_KEY] = twin  # in place of what a padding-free collator of the user's own put there
         return batch
+
+
+def make_twin(batch: Mapping[str, Any], pack: Callable[[Any], Any]) -> Twin:
+    """The twin of a batch, where its tensors are; ``pack`` turns a padded batch into a row."""
+    # Of the other columns training_step gives the model none, or its call is refused.
+    packed = pack({name: batch[name] for name in _OF_A_ROW if name in batch})
+    metadata = packed[METADATA_KEY]
+    inputs = {name: batch[name] for name in MODEL_INPUTS if isinstance(batch.get(name), Tensor)}
+    if isinstance(metadata, NotPacked):
+        return Twin(metadata, inputs, None)
+    mask = inputs.get("attention_mask")
+    index_T = torch.arange(metadata.total_tokens) if mask is None else mask.flatten().nonzero().flatten()
+    return Twin(dict(packed), inputs, index_T)
 
 
 def take_twins(batch: Any, path: tuple[Any, ...] = ()) -> tuple[Any, dict[tuple[Any, ...], Twin]]:
@@ -129,6 +138,27 @@ def at(batch: Any, path: tuple[Any, ...]) -> Any:
         except (KeyError, IndexError, TypeError):
             return None
     return batch
+
+
+def place_of(tensor: Tensor, batch: Any) -> tuple[Any, ...] | None:
+    """The path to this very tensor in a batch of mappings and sequences, for `at`; None if it is not there."""
+    if batch is tensor:
+        return ()
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(batch, Mapping):
+        children = batch.items()
+    elif isinstance(batch, (list, tuple)):
+        children = enumerate(batch)
+    for key, child in children:
+        path = place_of(tensor, child)
+        if path is not None:
+            return (key, *path)
+    return None
+
+
+def packer(wrap_collator: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What turns a padded batch into a row, given what turns a collator of padded batches into one of rows."""
+    return wrap_collator(_as_it_is)  # type: ignore[no-any-return]
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -67,7 +67,7 @@ class FastFTLightningCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Send our numbers to the Trainer's loggers on the steps whose own metrics it sends."""
-        if self._window is not None and trainer._logger_connector.should_update_logs:
+        if self._window is not None and trainer.loggers and trainer._logger_connector.should_update_logs:
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             if not trainer.fit_loop._should_accumulate():
                 measured = self._window.close(step)

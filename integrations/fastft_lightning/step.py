@@ -4,6 +4,9 @@ The user's ``training_step`` gets the padded batch. Where it calls the model wit
 included, the model is given the packed row instead, and the logits come back in the padded shape. A loss that the model
 computes from its labels is a sum over tokens, so packing cannot change it; any other loss might be changed, and a step
 that returns one is computed again from the padded batch before anything has learned from it.
+
+A batch that came without a row (a tuple, a nested one, one that a hook has changed, one made before the run) is packed
+when the model is called with its tensors. That call shows which is which, so later ones are packed before their move.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft_lightning.batches import MODEL_INPUTS, Twin, at, take_twins
+from fastft_lightning.batches import MODEL_INPUTS, Twin, at, make_twin, place_of, take_twins
 from fastft_lightning.padded import PaddedLogits
 from fastft_lightning.traps import is_checkpointing
 from fastft_plugins.errors import Declined
@@ -33,12 +36,14 @@ _LEAK = "stock attention would mix the documents of a row here, since use_cache 
 class Step:
     """The state between the arrival of a batch and the end of its ``training_step``."""
 
-    def __init__(self, run: Run, causal_lm: nn.Module) -> None:
+    def __init__(self, run: Run, causal_lm: nn.Module, pack: Callable[[Any], Any]) -> None:
         self.run = run
         self.causal_lm: Any = causal_lm
+        self._pack = pack
+        self._arrived: Any = None  # the batch on its device
+        self._places: list[dict[str, tuple[Any, ...]]] = []  # of the model's inputs, in batches that have no twin
         self.is_off = False
         self._twins: list[Twin] = []
-        self._reason: str | None = None  # why the arrived batch has no twin
         self._refusal: str | None = None  # why this step's own code kept a row that was there from the model
         self._has_packed = False
         self._inside = False
@@ -51,14 +56,14 @@ class Step:
         """Take the twins out of a batch and let them follow it to its device."""
         batch, found = take_twins(batch)
         same = {path: twin for path, twin in found.items() if twin.matches(at(batch, path))}
+        is_served = is_training and not self.is_off
+        others = self._pack_others(batch, same) if is_served else []
         moved = to_device(batch)
-        self._twins, self._reason = [], None
-        if is_training and not self.is_off:
+        self._twins = []
+        if is_served:
+            self._arrived = moved
             self._twins = [twin.follow(at(moved, path)) for path, twin in same.items()]
-            if not found:
-                self._reason = "the batch came without its metadata: not a mapping, or rebuilt by a hook"
-            elif len(same) < len(found):
-                self._reason = "a hook changed the batch after the collator"
+            self._twins += [twin.follow(_named(moved, places)) for places, twin in others]
         return moved
 
     def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -84,6 +89,8 @@ class Step:
             return None
         given = self._named(args, kwargs)
         twin = next((twin for twin in self._twins if twin.inputs.get("input_ids") is given.get("input_ids")), None)
+        if twin is None:
+            twin = self._pack_at_call(given)
         reason = self._why_not(twin, given)
         if reason is not None:
             is_refusal = twin is None or twin.metadata is not None
@@ -113,6 +120,31 @@ class Step:
         output["logits"] = PaddedLogits.of(output.logits, twin.index_T, twin.inputs["input_ids"].shape)
         return output
 
+    def _pack_others(self, batch: Any, same: Mapping[Any, Twin]) -> list[tuple[dict[str, tuple[Any, ...]], Twin]]:
+        """Pack what earlier batches have shown to be the model's, in a batch still on the host."""
+        known = [at(batch, (*path, "input_ids")) for path in same]
+        others = []
+        for places in self._places:
+            inputs = _named(batch, places)
+            if all(isinstance(value, Tensor) for value in inputs.values()) and not any(
+                ids is inputs["input_ids"] for ids in known
+            ):
+                others.append((places, make_twin(inputs, self._pack)))
+        return others
+
+    def _pack_at_call(self, given: Mapping[str, Any]) -> Twin | None:
+        """Pack tensors of the batch that it had no twin for; waits for the device, but only in a run's first step."""
+        inputs = {name: given[name] for name in MODEL_INPUTS if isinstance(given.get(name), Tensor)}
+        found = {name: place_of(tensor, self._arrived) for name, tensor in inputs.items()}
+        places = {name: place for name, place in found.items() if place is not None}
+        if len(places) < len(found) or not {"input_ids", "labels"} <= places.keys():
+            return None
+        twin = make_twin(inputs, self._pack).follow(inputs)
+        self._twins.append(twin)
+        if places not in self._places:
+            self._places.append(places)
+        return twin
+
     def _named(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
@@ -124,11 +156,11 @@ class Step:
         self.run.switch_off("packing", Declined(reason))
 
     def _why_not(self, twin: Twin | None, given: Mapping[str, Any]) -> str | None:
-        if twin is None:
-            return self._reason or "training_step calls the model with other input_ids than the batch's"
-        if isinstance(twin.row, NotPacked):
+        if twin is None and "labels" in given:
+            return "training_step calls the model with other tensors than the batch's"
+        if twin is not None and isinstance(twin.row, NotPacked):
             return twin.row.reason
-        if "labels" not in given:
+        if twin is None or "labels" not in given:
             return "training_step passes no labels to the model: a loss of its own may not be a sum over tokens"
         changed = twin.changed_input(given)
         if changed is not None:
@@ -139,6 +171,10 @@ class Step:
         if given.get("return_dict") is False or getattr(self.causal_lm.config, "output_hidden_states", False):
             return "the model returns a tuple or hidden states, which keep the shape of the row"
         return None
+
+
+def _named(batch: Any, places: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    return {name: at(batch, place) for name, place in places.items()}
 
 
 def _depends_only_on(loss: Tensor, nodes: set[Any]) -> bool:

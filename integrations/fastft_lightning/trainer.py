@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import weakref
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastft_lightning.batches import TwinCollator
+from fastft_lightning.batches import TwinCollator, packer
 from fastft_lightning.step import Step
 from fastft_plugins.errors import Declined
 from fastft_plugins.hooks import RunHook
@@ -24,18 +25,15 @@ def inject_batches(run: Run, causal_lm: nn.Module, wrap_collator: Callable[[Any]
     """Make packed rows in the train dataloader and give them to the model inside ``training_step``."""
     trainer = run.target.trainer
     _check(trainer, run.model)
-    step, run_ref, strategy = Step(run, causal_lm), weakref.ref(run), trainer.strategy
+    step, run_ref, strategy = Step(run, causal_lm, packer(wrap_collator)), weakref.ref(run), trainer.strategy
     process, move, train = strategy.process_dataloader, strategy.batch_to_device, strategy.training_step
 
     @functools.wraps(process)
     def process_dataloader(dataloader: Any) -> Any:
         loader, run = process(dataloader), run_ref()
         if run is not None and run.active and trainer.training and not step.is_off:
-            try:
+            with contextlib.suppress(Declined):  # a loader of another kind, whose batches `Step` packs
                 wrap_dataloader(run, loader, functools.partial(TwinCollator, wrap_collator=wrap_collator))
-            except Declined as declined:
-                step.is_off = True
-                run.switch_off("packing", declined)
         return loader
 
     @functools.wraps(move)

@@ -1,0 +1,26 @@
+"""Scripts run by two CPU processes of torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+
+def run_in_two_processes(folder: Path, script: str) -> None:
+    (folder / "script.py").write_text(script)
+    path = os.pathsep.join(map(str, [folder, ROOT, ROOT / "integrations", TESTS, *filter(None, sys.path)]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, folder / "script.py", folder],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
