@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,7 @@ from fastft_plugins.checkpointing import planned as planned_module
 from fastft_plugins.checkpointing import products as products_module
 from fastft_plugins.checkpointing.handle import Handle
 from fastft_plugins.checkpointing.planner import Costs, Plan, choose
+from fastft_plugins.kernels.transfer import CudaTransfer, _Copy
 
 STEPS = 8  # two that are measured, three in which products are checked, and some with them copied
 LARGER = ROWS * 2 * WIDTH * 4  # bytes of the larger one of a layer's two products
@@ -174,6 +176,21 @@ def many_steps(checkpoint_fn):
                 model(x, checkpoint_fn)
         found += [grad.clone() for grad in gradients(model, x)]
     return found
+
+
+def test_copies_that_finalisers_wait_for_do_not_disturb_the_measured_speed():
+    transfer = object.__new__(CudaTransfer)
+
+    class Finalising:
+        def query(self):
+            transfer._waits.append(transfer._waits[0])
+            return True
+
+        def elapsed_time(self, _):
+            return 2.0
+
+    transfer._waits = deque([(_Copy(10, Finalising(), Finalising()), None)] * 3)
+    assert transfer.speed() == 5.0
 
 
 # The closed function
