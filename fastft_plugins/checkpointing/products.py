@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fastft_plugins.checkpointing.offloaded import Offloaded
+from fastft_plugins.checkpointing.offloaded import Offloaded, alias, is_held
 
 if TYPE_CHECKING:
     from fastft_plugins.checkpointing.handle import Handle
@@ -93,7 +93,8 @@ class LayerProducts:
         """A first recompute has ended."""
         if self._total is None:
             self._total = total
-            self._found = list(is_same), torch.stack([*is_same.values()]) if is_same else None
+            flags = [*is_same.values()]  # a layer may have products on several devices
+            self._found = list(is_same), torch.stack([flag.to(flags[0].device) for flag in flags]) if flags else None
 
     def has(self, total: int) -> bool:
         """Whether a forward with so many products is like the one that was learned from."""
@@ -119,9 +120,9 @@ class _Call:
     def store(self, op: Any, outputs: Any) -> None:
         """Keep the forward's next product, if it is to be looked up."""
         index, self.total = self.total, self.total + 1
-        if self.trusted is not None and index not in self.trusted:
+        if (self.trusted is not None and index not in self.trusted) or not _is_plain(outputs):
             return
-        aliases = tree_map_only(Tensor, _alias, outputs)
+        aliases = tree_map_only(Tensor, alias, outputs)
         # What has not been checked yet is not copied: a kernel that writes over it would race with the copy.
         if self.trusted is not None and index in self._offloaded:
             aliases = self._offload(aliases)
@@ -130,11 +131,20 @@ class _Call:
         if aliases is not None:
             self.outputs[index] = op, aliases, _versions(aliases)
 
+    def end_forward(self) -> None:
+        """Let go of what cannot be looked up, on another path than the one that was learned, or should not be."""
+        is_other = self.trusted is not None and not self.layer.has(self.total)
+        for index, (_, outputs, _) in list(self.outputs.items()):
+            # What somebody holds after the layer's forward may be changed where no mode and no version tells.
+            if is_other or _is_held(outputs):
+                self._drop(index)
+
     def look_up(self, index: int, op: Any) -> Any:
-        """A product of the forward; None if it is not there, or not as it was."""
+        """A product of the forward, once; None if it is not there, or not as it was."""
         stored_by, outputs, versions = self.outputs.get(index, (None, None, []))
         if stored_by is not op or versions != _versions(outputs):
             return None
+        del self.outputs[index]
         leaves, structure = tree_flatten(outputs)
         leaves = [self._take(leaf) for leaf in leaves]
         return None if any(leaf is _CHANGED for leaf in leaves) else tree_unflatten(leaves, structure)
@@ -143,29 +153,45 @@ class _Call:
         """What shares memory with a tensor that is written to; versions do not tell, as not all views share them."""
         memory = written.untyped_storage().data_ptr()
         for index, (_, outputs, _) in list(self.outputs.items()):
-            leaves = tree_leaves(outputs)
-            if any(_shares(leaf, memory) for leaf in leaves):
-                del self.outputs[index]
-                if self._handle is not None:
-                    self._handle.forget(leaf for leaf in leaves if isinstance(leaf, Offloaded))
+            if any(_shares(leaf, memory) for leaf in tree_leaves(outputs)):
+                self._drop(index)
+
+    def forget_all(self) -> None:
+        """Nothing will be looked up any more."""
+        for index in list(self.outputs):
+            self._drop(index)
+
+    def _drop(self, index: int) -> None:
+        _, outputs, _ = self.outputs.pop(index)
+        self._stay(tree_leaves(outputs))
+
+    def _stay(self, leaves: list[Any]) -> None:
+        """Those of them that are offloaded do not come back."""
+        if self._handle is not None:
+            self._handle.forget(leaf for leaf in leaves if isinstance(leaf, Offloaded))
 
     def _offload(self, aliases: Any) -> Any:
         """The same with handles of what is offloaded in place of the large tensors; None if there is no room."""
         assert self._handle is not None
         leaves, structure = tree_flatten(aliases)
-        for position, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and leaf.nbytes >= MIN_BYTES:
-                leaves[position] = self._handle.offload_product(leaf)
-                if leaves[position] is None:
-                    return aliases if self._stores_others else None
-        return tree_unflatten(leaves, structure)
+        large = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.nbytes >= MIN_BYTES]
+        for index in large:
+            offloaded = self._handle.offload_product(leaves[index])
+            if offloaded is None:
+                break
+            leaves[index] = offloaded
+        else:
+            if large:
+                return tree_unflatten(leaves, structure)
+        self._stay(leaves)
+        return aliases if self._stores_others else None
 
     def _take(self, leaf: Any) -> Any:
         if isinstance(leaf, Offloaded):
             assert self._handle is not None
             tensor = self._handle.take_product(leaf)
             return _CHANGED if tensor is None else tensor
-        return _alias(leaf) if isinstance(leaf, Tensor) else leaf
+        return leaf
 
 
 class _ProductMode(TorchDispatchMode):
@@ -205,6 +231,10 @@ class _Storing(_ProductMode):
             call.store(func, outputs)
         return outputs
 
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._call.end_forward()
+
 
 class _LookingUp(_ProductMode):
     def __init__(self, call: _Call) -> None:
@@ -221,6 +251,7 @@ class _LookingUp(_ProductMode):
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
         if self._call.trusted is None:
             self._call.layer.learn(self._call.total, self._is_same)
+        self._call.forget_all()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not is_product(func, args, kwargs or {}):
@@ -236,8 +267,7 @@ class _LookingUp(_ProductMode):
             if outputs is not None:
                 self._is_same[index] = _is_same(again, outputs)
             return again
-        # On another path through the layer, the indices are not those that were learned.
-        outputs = call.look_up(index, func) if call.layer.has(call.total) else None
+        outputs = call.look_up(index, func)
         return func(*args, **(kwargs or {})) if outputs is None else outputs
 
 
@@ -259,6 +289,12 @@ def _shares(leaf: Any, memory: int) -> bool:
     return _is_there(leaf) and leaf.untyped_storage().data_ptr() == memory
 
 
+def _is_held(outputs: Any) -> bool:
+    """Whether a product's memory is another tensor's too. Of attention's outputs, only the first one leaves it."""
+    first = next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor | Offloaded))
+    return first.is_held() if isinstance(first, Offloaded) else is_held(first)
+
+
 def _written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that an operation writes to."""
     schema = getattr(op, "_schema", None)
@@ -273,10 +309,10 @@ def _is_there(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.numel() > 0
 
 
-def _alias(tensor: Tensor) -> Tensor:
-    """The same memory and version counter, without the history that autograd is about to give ``tensor``."""
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-        return tensor.detach()
+def _is_plain(outputs: Any) -> bool:
+    """Whether they are torch's own tensors in memory: of others, what is compared and copied says little."""
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return all(type(leaf) is Tensor and leaf.layout == torch.strided for leaf in tensors)
 
 
 def _versions(outputs: Any) -> list[int]:
