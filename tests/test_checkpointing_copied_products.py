@@ -25,6 +25,7 @@ from test_checkpointing_products import DEPTH, ROWS, WIDTH, CountOperations, Lig
 
 from fastft_plugins.checkpointing import measurement as measurement_module
 from fastft_plugins.checkpointing import planned as planned_module
+from fastft_plugins.checkpointing import product_modes as modes_module
 from fastft_plugins.checkpointing import products as products_module
 from fastft_plugins.checkpointing.handle import Handle
 from fastft_plugins.checkpointing.planner import Costs, Plan, choose
@@ -118,7 +119,7 @@ def test_a_small_budget_of_host_memory_copies_inputs_alone(monkeypatch, expected
 
 def copying(monkeypatch, engine, stored):
     """Copies every product of every layer, and says how many it has copied."""
-    monkeypatch.setattr(products_module, "MIN_WIDTH", 1)
+    monkeypatch.setattr(modes_module, "MIN_WIDTH", 1)
     monkeypatch.setattr(measurement_module, "_WORTH", torch.inf)
     monkeypatch.setattr(engine, "speed", lambda: 1.0)
     offload_product, copied = Handle.offload_product, []

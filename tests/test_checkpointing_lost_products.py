@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing._internal.two_tensor import TwoTensor
 
+from fastft_plugins.checkpointing import product_modes as modes_module
 from fastft_plugins.checkpointing import products as products_module
 from fastft_plugins.checkpointing.handle import Handle
 from fastft_plugins.checkpointing.products import LayerProducts
@@ -149,8 +150,8 @@ def test_where_a_part_of_a_product_has_no_room_none_of_it_waits_in_host_memory(c
         q = x.unflatten(-1, (4, -1)).transpose(-2, -3)
         return scaled_dot_product_attention(q, q, q, is_causal=True).sin()
 
-    monkeypatch.setattr(products_module, "_ATTENTION", {CPU_ATTENTION})
-    monkeypatch.setattr(products_module, "_DROPOUT", {CPU_ATTENTION: 3})
+    monkeypatch.setattr(modes_module, "_ATTENTION", {CPU_ATTENTION})
+    monkeypatch.setattr(modes_module, "_DROPOUT", {CPU_ATTENTION: 3})
     offload, x = Handle.offload_product, torch.randn(2, ROWS, WIDTH, requires_grad=True)
     copying(attention, x).sum().backward()
     copying(attention, x)
