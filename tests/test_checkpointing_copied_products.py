@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -24,9 +25,11 @@ from test_checkpointing_products import DEPTH, ROWS, WIDTH, CountOperations, Lig
 
 from fastft_plugins.checkpointing import measurement as measurement_module
 from fastft_plugins.checkpointing import planned as planned_module
+from fastft_plugins.checkpointing import product_modes as modes_module
 from fastft_plugins.checkpointing import products as products_module
 from fastft_plugins.checkpointing.handle import Handle
-from fastft_plugins.checkpointing.planner import Costs, Plan, choose
+from fastft_plugins.checkpointing.planner import Costs, Plan, choose, with_others_stored
+from fastft_plugins.kernels.transfer import CudaTransfer, _Copy
 
 STEPS = 8  # two that are measured, three in which products are checked, and some with them copied
 LARGER = ROWS * 2 * WIDTH * 4  # bytes of the larger one of a layer's two products
@@ -116,7 +119,7 @@ def test_a_small_budget_of_host_memory_copies_inputs_alone(monkeypatch, expected
 
 def copying(monkeypatch, engine, stored):
     """Copies every product of every layer, and says how many it has copied."""
-    monkeypatch.setattr(products_module, "MIN_WIDTH", 1)
+    monkeypatch.setattr(modes_module, "MIN_WIDTH", 1)
     monkeypatch.setattr(measurement_module, "_WORTH", torch.inf)
     monkeypatch.setattr(engine, "speed", lambda: 1.0)
     offload_product, copied = Handle.offload_product, []
@@ -176,6 +179,21 @@ def many_steps(checkpoint_fn):
     return found
 
 
+def test_copies_that_finalisers_wait_for_do_not_disturb_the_measured_speed():
+    transfer = object.__new__(CudaTransfer)
+
+    class Finalising:
+        def query(self):
+            transfer._waits.append(transfer._waits[0])
+            return True
+
+        def elapsed_time(self, _):
+            return 2.0
+
+    transfer._waits = deque([(_Copy(10, Finalising(), Finalising()), None)] * 3)
+    assert transfer.speed() == 5.0
+
+
 # The closed function
 
 
@@ -215,3 +233,31 @@ def test_the_largest_products_that_fit_are_copied():
     assert found.largest(28, least=5) == ({1, 2}, set())
     assert found.largest(10) == ({2}, set()) and found.largest(3) == ()
     assert found.bytes_of(found.largest(28)) == (28, 0)
+
+
+def test_where_a_layer_to_be_checked_has_no_room_the_others_are_stored_all_the_same():
+    found = Costs(
+        tokens=1,
+        whole=(200, 50, 50),
+        inputs=(1,) * 3,
+        products=((90,), (9,), (9,)),
+        fixed=(0,) * 3,
+        rest=(0,) * 3,
+        loss=0,
+    )
+    plan = Plan(2, 1, offloads=True)
+    room = found.need(plan, 1)
+    assert with_others_stored(found, plan, [0, 1], 1, room).instead == (1,)
+    assert with_others_stored(found, plan, [0], 1, room) == plan
+
+
+def test_products_have_the_next_layers_forward_to_be_copied_in(engine):
+    x = make_input(0).detach()
+    lane = engine._lane(x.device)
+    transfer, handles, products = lane.transfer, [], []
+    for _ in range(3):
+        handles.append(lane.offload(x.clone()))
+        products.append(handles[-1].offload_product(x.clone()))
+        assert len(transfer._queue) == min(4, 2 * len(handles))
+    taken = [handle.take_product(product) for handle, product in zip(handles, products, strict=True)]
+    assert all(torch.equal(each, x) for each in taken)

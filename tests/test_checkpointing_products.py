@@ -26,8 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.checkpoint import checkpoint
 
 from fastft_plugins.checkpointing import measurement as measurement_module
+from fastft_plugins.checkpointing import product_modes as modes_module
 from fastft_plugins.checkpointing import products as products_module
-from fastft_plugins.checkpointing.products import MIN_WIDTH, LayerProducts
+from fastft_plugins.checkpointing.product_modes import MIN_WIDTH
+from fastft_plugins.checkpointing.products import LayerProducts
 
 DEPTH, WIDTH, ROWS = 4, MIN_WIDTH, 2048
 plain = functools.partial(checkpoint, use_reentrant=False)
@@ -153,10 +155,10 @@ def test_the_same_gradients_with_fewer_products(blocks, runs, dropout, storing):
 def test_attention_is_stored_only_where_it_draws_no_random_numbers():
     draws = torch.ops.aten._scaled_dot_product_flash_attention.default
     q = torch.randn(1, 4, 16, 64)
-    assert products_module.is_product(draws, (q, q, q), {})
-    assert products_module.is_product(draws, (q, q, q, 0.0), {})
-    assert not products_module.is_product(draws, (q, q, q, 0.1), {})
-    assert not products_module.is_product(draws, (q, q, q), {"dropout_p": 0.1})
+    assert modes_module.is_product(draws, (q, q, q), {})
+    assert modes_module.is_product(draws, (q, q, q, 0.0), {})
+    assert not modes_module.is_product(draws, (q, q, q, 0.1), {})
+    assert not modes_module.is_product(draws, (q, q, q), {"dropout_p": 0.1})
 
 
 LINEAR = nn.Linear(WIDTH, WIDTH)
@@ -330,7 +332,7 @@ def test_a_compiled_layer_stores_no_products(monkeypatch):
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.__name__)
 def test_every_schedule_gives_the_gradients_of_torch_checkpointing(schedule, offload, monkeypatch):
-    monkeypatch.setattr(products_module, "MIN_WIDTH", 1)
+    monkeypatch.setattr(modes_module, "MIN_WIDTH", 1)
     engine, lazy = lazy_engine(monkeypatch)
     ours = planned_on(PatientHost(budget=1), engine)
     choose_storing(monkeypatch, offload)
@@ -353,7 +355,7 @@ def test_products_without_room_are_given_up(fitting, sizes, monkeypatch):
     ours, forward, calls = planned_on(device), Light.forward, []
 
     def without_room(layer, x, *args):
-        is_stored = any(isinstance(mode, products_module._Storing) for mode in _get_current_dispatch_mode_stack())
+        is_stored = any(isinstance(mode, modes_module.Storing) for mode in _get_current_dispatch_mode_stack())
         if is_stored and not ours.calls["retried"] and ours.calls["stored"] == fitting:
             calls.append(layer)
             raise torch.OutOfMemoryError("fragmented")
@@ -368,7 +370,7 @@ def test_products_without_room_are_given_up(fitting, sizes, monkeypatch):
 
 def test_tensors_of_any_dtype_count_by_their_bytes():
     layer = nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
-    with products_module.CountProducts() as counted:
+    with modes_module.CountProducts() as counted:
         layer(torch.ones(2, WIDTH, dtype=torch.bfloat16))
     assert counted.sizes == [2 * WIDTH * 2]
     assert isinstance(layer.weight, Tensor)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastft_plugins.checkpointing.gauge import Gauge
 from fastft_plugins.checkpointing.planner import Costs
-from fastft_plugins.checkpointing.products import CountProducts
+from fastft_plugins.checkpointing.product_modes import CountProducts
 
 # Products are stored and found again by Python code at every operation, which takes about as long as the operation's
 # launch. Where the host has no such time to spare, that would cost more than it saves.

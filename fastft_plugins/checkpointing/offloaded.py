@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Offloaded:
-    """A tensor of one call, wherever it is at the moment. Its lane's lock is held around each of its methods.
+    """A tensor of one call, wherever it is at the moment. Its lane's lock is held around each method that moves it.
 
     Args:
         lane: of the tensor's device.
@@ -30,7 +30,7 @@ class Offloaded:
         self._on_device: Tensor | None = None
         self._stream = lane.transfer.compute_stream()
         lane.transfer.keep_for(source, self._stream)
-        on_device = source.detach()
+        on_device = alias(source)
         self._copy = lane.transfer.copy(self._host, on_device, after=lane.transfer.mark(self._stream))
         self._on_device, self._version = on_device, on_device._version
 
@@ -67,7 +67,13 @@ class Offloaded:
 
     def shares(self, memory: int) -> bool:
         """Whether it is on the device, in the storage that begins at the address ``memory``."""
-        return self._on_device is not None and self._on_device.untyped_storage().data_ptr() == memory
+        tensor = self._on_device
+        return tensor is not None and tensor.untyped_storage().data_ptr() == memory
+
+    def is_held(self) -> bool:
+        """Whether it is on the device and another tensor is in its memory too."""
+        tensor = self._on_device
+        return tensor is not None and is_held(tensor)
 
     def _check_version(self) -> None:
         if self._on_device is not None and self._on_device._version != self._version:
@@ -77,3 +83,24 @@ class Offloaded:
         with self._lane.lock:
             self.leave_device()
         self._lane.pool.give_back(self._buffer)
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """The same memory and version counter, without the history that autograd is about to give ``tensor``.
+
+    Where a mode sees an operation, torch would give what is made from its outputs counters of their own.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
+def is_held(tensor: Tensor) -> bool:
+    """Whether another tensor is in the memory of ``tensor`` too."""
+    return _holders(tensor) > _ALONE
+
+
+def _holders(tensor: Tensor) -> int:
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+_ALONE = _holders(torch.empty(0, device="cpu"))

@@ -132,10 +132,13 @@ class Costs:
 
 
 def with_others_stored(costs: Costs, plan: Plan, positions: Sequence[int], tokens: int, room: float) -> Plan:
-    """``plan`` with products of as many of the layers at ``positions`` stored as have room, and of no others."""
+    """``plan`` with products of as many of the layers at ``positions`` stored as have room, and of no others.
+
+    ``plan`` itself if there is room for none of them.
+    """
     counts = range(min(plan.stored, len(positions)), 0, -1)
     plans = (replace(plan, instead=tuple(positions[-count:])) for count in counts)
-    return next((each for each in plans if costs.need(each, tokens) <= room), replace(plan, instead=()))
+    return next((each for each in plans if costs.need(each, tokens) <= room), plan)
 
 
 def choose(

@@ -13,45 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fastft_plugins.checkpointing.offloaded import Offloaded
+from fastft_plugins.checkpointing.offloaded import Offloaded, alias, is_held
+from fastft_plugins.checkpointing.product_modes import LookingUp, Storing, is_there
 
 if TYPE_CHECKING:
     from fastft_plugins.checkpointing.handle import Handle
 
-# A narrower product is memory-bound: to compute it again takes hardly longer than to read it. LoRA's second one is.
-MIN_WIDTH = 256
 MIN_BYTES = 2**20  # what is smaller stays on the device
 _CHANGED = object()
-
-_aten = torch.ops.aten
-_MATRIX_PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0}  # where the first factor is
-_ATTENTION = {
-    getattr(_aten, name).default
-    for name in (
-        "_flash_attention_forward",
-        "_efficient_attention_forward",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
-}
-_DROPOUT = {
-    op: next(index for index, argument in enumerate(op._schema.arguments) if argument.name == "dropout_p")
-    for op in _ATTENTION
-}
-
-
-def is_product(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation is worth its output's memory. Attention with dropout is not: it draws random numbers."""
-    if op in _ATTENTION:
-        index = _DROPOUT[op]
-        return not (args[index] if index < len(args) else kwargs.get("dropout_p", 0.0))
-    if op in _MATRIX_PRODUCTS:
-        return bool(args[_MATRIX_PRODUCTS[op]].shape[-1] >= MIN_WIDTH)
-    return bool(op is _aten._grouped_mm.default)
 
 
 class LayerProducts:
@@ -86,21 +57,22 @@ class LayerProducts:
             indices, is_same = self._found
             same = [] if is_same is None else is_same.tolist()  # waits for the device, once in a layer's life
             self._trusted = {index for index, known in zip(indices, same, strict=True) if known}
-        call = _Call(self, self._trusted, handle, offloaded if handle is not None else frozenset(), stores_others)
-        return _Storing(call), _LookingUp(call)
+        call = Call(self, self._trusted, handle, offloaded if handle is not None else frozenset(), stores_others)
+        return Storing(call), LookingUp(call)
 
     def learn(self, total: int, is_same: dict[int, Tensor]) -> None:
         """A first recompute has ended."""
         if self._total is None:
             self._total = total
-            self._found = list(is_same), torch.stack([*is_same.values()]) if is_same else None
+            flags = [*is_same.values()]  # a layer may have products on several devices
+            self._found = list(is_same), torch.stack([flag.to(flags[0].device) for flag in flags]) if flags else None
 
     def has(self, total: int) -> bool:
         """Whether a forward with so many products is like the one that was learned from."""
         return self._total == total
 
 
-class _Call:
+class Call:
     """The products of one call of a layer."""
 
     def __init__(
@@ -119,9 +91,9 @@ class _Call:
     def store(self, op: Any, outputs: Any) -> None:
         """Keep the forward's next product, if it is to be looked up."""
         index, self.total = self.total, self.total + 1
-        if self.trusted is not None and index not in self.trusted:
+        if (self.trusted is not None and index not in self.trusted) or not _is_plain(outputs):
             return
-        aliases = tree_map_only(Tensor, _alias, outputs)
+        aliases = tree_map_only(Tensor, alias, outputs)
         # What has not been checked yet is not copied: a kernel that writes over it would race with the copy.
         if self.trusted is not None and index in self._offloaded:
             aliases = self._offload(aliases)
@@ -130,11 +102,20 @@ class _Call:
         if aliases is not None:
             self.outputs[index] = op, aliases, _versions(aliases)
 
+    def end_forward(self) -> None:
+        """Let go of what cannot be looked up, on another path than the one that was learned, or should not be."""
+        is_other = self.trusted is not None and not self.layer.has(self.total)
+        for index, (_, outputs, _) in list(self.outputs.items()):
+            # What somebody holds after the layer's forward may be changed where no mode and no version tells.
+            if is_other or _is_held(outputs):
+                self._drop(index)
+
     def look_up(self, index: int, op: Any) -> Any:
-        """A product of the forward; None if it is not there, or not as it was."""
+        """A product of the forward, once; None if it is not there, or not as it was."""
         stored_by, outputs, versions = self.outputs.get(index, (None, None, []))
         if stored_by is not op or versions != _versions(outputs):
             return None
+        del self.outputs[index]
         leaves, structure = tree_flatten(outputs)
         leaves = [self._take(leaf) for leaf in leaves]
         return None if any(leaf is _CHANGED for leaf in leaves) else tree_unflatten(leaves, structure)
@@ -143,140 +124,63 @@ class _Call:
         """What shares memory with a tensor that is written to; versions do not tell, as not all views share them."""
         memory = written.untyped_storage().data_ptr()
         for index, (_, outputs, _) in list(self.outputs.items()):
-            leaves = tree_leaves(outputs)
-            if any(_shares(leaf, memory) for leaf in leaves):
-                del self.outputs[index]
-                if self._handle is not None:
-                    self._handle.forget(leaf for leaf in leaves if isinstance(leaf, Offloaded))
+            if any(_shares(leaf, memory) for leaf in tree_leaves(outputs)):
+                self._drop(index)
+
+    def forget_all(self) -> None:
+        """Nothing will be looked up any more."""
+        for index in list(self.outputs):
+            self._drop(index)
+
+    def _drop(self, index: int) -> None:
+        _, outputs, _ = self.outputs.pop(index)
+        self._stay(tree_leaves(outputs))
+
+    def _stay(self, leaves: list[Any]) -> None:
+        """Those of them that are offloaded do not come back."""
+        if self._handle is not None:
+            self._handle.forget(leaf for leaf in leaves if isinstance(leaf, Offloaded))
 
     def _offload(self, aliases: Any) -> Any:
         """The same with handles of what is offloaded in place of the large tensors; None if there is no room."""
         assert self._handle is not None
         leaves, structure = tree_flatten(aliases)
-        for position, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and leaf.nbytes >= MIN_BYTES:
-                leaves[position] = self._handle.offload_product(leaf)
-                if leaves[position] is None:
-                    return aliases if self._stores_others else None
-        return tree_unflatten(leaves, structure)
+        large = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.nbytes >= MIN_BYTES]
+        for index in large:
+            offloaded = self._handle.offload_product(leaves[index])
+            if offloaded is None:
+                break
+            leaves[index] = offloaded
+        else:
+            if large:
+                return tree_unflatten(leaves, structure)
+        self._stay(leaves)
+        return aliases if self._stores_others else None
 
     def _take(self, leaf: Any) -> Any:
         if isinstance(leaf, Offloaded):
             assert self._handle is not None
             tensor = self._handle.take_product(leaf)
             return _CHANGED if tensor is None else tensor
-        return _alias(leaf) if isinstance(leaf, Tensor) else leaf
-
-
-class _ProductMode(TorchDispatchMode):
-    """Sees operations, but not those that compiled functions are made of: under other modes they would not compile."""
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
-
-
-class CountProducts(_ProductMode):
-    """Of each product computed inside, the bytes of its outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        if is_product(func, args, kwargs or {}):
-            self.sizes.append(sum(leaf.nbytes for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)))
-        return outputs
-
-
-class _Storing(_ProductMode):
-    def __init__(self, call: _Call) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._call = call
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs, call = func(*args, **(kwargs or {})), self._call
-        for written in _written(func, args, kwargs or {}):
-            call.forget(written)
-        if is_product(func, args, kwargs or {}):
-            call.store(func, outputs)
-        return outputs
-
-
-class _LookingUp(_ProductMode):
-    def __init__(self, call: _Call) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._call = call
-        self._next = self._runs = 0
-        self._is_same: dict[int, Tensor] = {}
-
-    def __enter__(self) -> Any:
-        self._next, self._runs = 0, self._runs + 1
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        if self._call.trusted is None:
-            self._call.layer.learn(self._call.total, self._is_same)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not is_product(func, args, kwargs or {}):
-            return func(*args, **(kwargs or {}))
-        index, call = self._next, self._call
-        self._next += 1
-        # What was changed in place since is computed again: its inputs are here. So is all in the second backward of a
-        # graph that was kept, as the first one may have written over what it was given.
-        if self._runs > 1:
-            return func(*args, **(kwargs or {}))
-        if call.trusted is None:
-            again, outputs = func(*args, **(kwargs or {})), call.look_up(index, func)
-            if outputs is not None:
-                self._is_same[index] = _is_same(again, outputs)
-            return again
-        # On another path through the layer, the indices are not those that were learned.
-        outputs = call.look_up(index, func) if call.layer.has(call.total) else None
-        return func(*args, **(kwargs or {})) if outputs is None else outputs
-
-
-def _is_same(one: Any, other: Any) -> Tensor:
-    """Whether two results are equal bit by bit, on their device. Of attention's, the first one counts."""
-    one, other = ((value if isinstance(value, Tensor) else value[0]).contiguous() for value in (one, other))
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return torch.zeros((), dtype=torch.bool, device=one.device)
-    # Eight bytes at a time where that is possible, so that what is compared takes little memory.
-    whole = torch.int64 if one.nbytes % 8 == 0 and one.data_ptr() % 8 == other.data_ptr() % 8 == 0 else torch.uint8
-    one, other = (value.flatten().view(torch.uint8).view(whole) for value in (one, other))
-    is_same: Tensor = (one == other).all()
-    return is_same
+        return leaf
 
 
 def _shares(leaf: Any, memory: int) -> bool:
     if isinstance(leaf, Offloaded):
         return leaf.shares(memory)
-    return _is_there(leaf) and leaf.untyped_storage().data_ptr() == memory
+    return is_there(leaf) and leaf.untyped_storage().data_ptr() == memory
 
 
-def _written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes to."""
-    schema = getattr(op, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-    names = [each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
-    return [leaf for leaf in tree_leaves([given.get(name) for name in names]) if _is_there(leaf)]
+def _is_held(outputs: Any) -> bool:
+    """Whether a product's memory is another tensor's too. Of attention's outputs, only the first one leaves it."""
+    first = next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor | Offloaded))
+    return first.is_held() if isinstance(first, Offloaded) else is_held(first)
 
 
-def _is_there(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.numel() > 0
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """The same memory and version counter, without the history that autograd is about to give ``tensor``."""
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-        return tensor.detach()
+def _is_plain(outputs: Any) -> bool:
+    """Whether they are torch's own tensors in memory: of others, what is compared and copied says little."""
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return all(type(leaf) is Tensor and leaf.layout == torch.strided for leaf in tensors)
 
 
 def _versions(outputs: Any) -> list[int]:

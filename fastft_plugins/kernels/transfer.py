@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import mmap
 from collections import deque
 from collections.abc import Sequence
@@ -108,7 +107,8 @@ class CudaTransfer:
         return host
 
     def speed(self) -> float | None:
-        done = [copy for copy, _ in itertools.islice(reversed(self._waits), _RECENT) if copy.end.query()]
+        recent = list(self._waits)[-_RECENT:]  # at once, as finalisers and other threads add to them
+        done = [copy for copy, _ in recent if copy.end.query()]
         milliseconds = sum(copy.milliseconds() for copy in done)
         return sum(copy.nbytes for copy in done) / milliseconds if milliseconds else None
 
