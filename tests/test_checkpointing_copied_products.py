@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from simulated_device import SimulatedDevice
 from test_checkpointing_planner import ROOM, TOKENS, costs, planned_on
 from test_checkpointing_products import DEPTH, ROWS, WIDTH, CountOperations, LightStack, PatientHost, wide_steps
+from torch import nn
 
 from fastft_plugins.checkpointing import measurement as measurement_module
 from fastft_plugins.checkpointing import planned as planned_module
@@ -29,6 +31,7 @@ from fastft_plugins.checkpointing import product_modes as modes_module
 from fastft_plugins.checkpointing import products as products_module
 from fastft_plugins.checkpointing.handle import Handle
 from fastft_plugins.checkpointing.planner import Costs, Plan, choose, with_others_stored
+from fastft_plugins.checkpointing.products import LayerProducts
 from fastft_plugins.kernels.transfer import CudaTransfer, _Copy
 
 STEPS = 8  # two that are measured, three in which products are checked, and some with them copied
@@ -86,6 +89,19 @@ def test_what_is_copied_is_not_computed_again(engine):
     plan = ours.plan
     assert products[:4] == [4 * DEPTH] * 4 and products[-2:] == [2 * DEPTH + plan.checkpointed] * 2
     assert plan.copied == (frozenset({0}),) * DEPTH and plan.checkpointed
+
+
+def test_nothing_is_copied_before_it_was_checked(engine, monkeypatch):
+    """A kernel that writes over a product without torch's knowing would race with its copy."""
+    offload_product, copied, counts = Handle.offload_product, [], []
+    monkeypatch.setattr(Handle, "offload_product", lambda *args: copied.append(args) or offload_product(*args))
+    layer, products = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)), LayerProducts()
+    contexts = functools.partial(products.contexts, offloaded=frozenset(range(9)))
+    for _ in range(2):
+        x = make_input(0, 8, WIDTH)
+        engine(layer, x, contexts=contexts).sum().backward()
+        counts.append(len(copied))
+    assert counts == [0, 1]  # the second product is the output, which the recompute does not come to
 
 
 def test_where_nothing_can_be_checked_nothing_is_copied(engine, expected):
