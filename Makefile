@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 	  || { echo "fastft-plugins needs Python 3.10 or newer as $(PYTHON); name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 	  || { echo "$(PYTHON) lacks the venv and ensurepip modules; install them (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
-	@echo "setting up $(VENV) (a few minutes, about 2 GB) ..."
+	@echo "setting up $(VENV) (a few minutes, about 2.5 GB) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[all,dev]'

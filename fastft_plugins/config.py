@@ -22,7 +22,7 @@ class FastFTConfig:
 
     ``packing``, ``checkpointing`` and ``moe`` are each ``"auto"`` (on where it is safe and helps), ``"on"`` (or raise
     before the first step, with the reason) or ``"off"``. ``strict=True`` raises wherever the stock path would be kept
-    with a warning.
+    with a warning; where there is nothing to win, it is kept without one.
 
     ``memory_budget`` is the device memory that checkpointing may let tensors take in all: ``"auto"`` (what is there,
     less some head-room), bytes as an integer, or a fraction of the device's memory, above 0.0 and at most 1.0.

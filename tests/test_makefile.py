@@ -26,5 +26,5 @@ def test_help_has_one_line_for_each_target() -> None:
 
 def test_the_silent_installation_is_announced(tmp_path: Path) -> None:
     steps = make("--dry-run", "venv", f"VENV={tmp_path / 'venv'}").splitlines()
-    announced = next(index for index, step in enumerate(steps) if "a few minutes, about 2 GB" in step)
+    announced = next(index for index, step in enumerate(steps) if "a few minutes, about 2.5 GB" in step)
     assert announced < min(index for index, step in enumerate(steps) if "pip install" in step)

@@ -130,11 +130,17 @@ def report(file: Annotated[Path, typer.Argument(help="A saved report, or the rep
 def demo(
     model: Annotated[
         Path | None,
-        typer.Option(help="A local Hugging Face model.", show_default="SmolLM2-135M-Instruct"),
+        typer.Option(
+            help="A folder with a Hugging Face model and its tokenizer, as save_pretrained() of both writes it.",
+            show_default="SmolLM2-135M-Instruct",
+        ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="A JSONL file.", show_default="Python's standard library"),
+        typer.Option(
+            help='JSON records, one a line: {"messages": ...}, {"prompt": ..., "completion": ...} or {"text": ...}',
+            show_default="Python's standard library",
+        ),
     ] = None,
     steps: Annotated[
         int | None,

@@ -28,18 +28,18 @@ from fastft_plugins.run import Run
 
 _LENGTHS = (6, 3, 1)  # of the documents in the dry run's batch
 
-# What a feature that is on can win at most, and the rule behind it.
+# What a feature that is on can win, and the rule behind it.
 _GAINS = {
     "packing": (
-        "up to 1 / (1 - p) times stock's speed, since the time of a step goes with its tokens and the share p of "
+        "about 1 / (1 - p) times stock's speed, since the time of a step goes with its tokens and the share p of "
         "padding is left out: 1.33x at p = 25 %, 2x at 50 %. The p of your data is padding_share in a run's report"
     ),
     "checkpointing": (
         "at most the layers' second forward: about a quarter of a step in which all weights are trained, a third with "
-        "LoRA; 1.08x to 1.42x of plain checkpointing at Llama-8B with LoRA in 30 to 140 GB, measured (README)"
+        "LoRA; 1.19x to 1.40x of plain checkpointing at Llama-8B with LoRA in 40 to 140 GB, measured (README)"
     ),
     "moe": (
-        "1.4x to 2.9x of stock's experts block on an H200, measured (README); of the whole step only the share that "
+        "1.4x to 3.1x of stock's experts block on an H200, measured (README); of the whole step only the share that "
         "the block has in it"
     ),
 }

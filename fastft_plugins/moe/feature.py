@@ -50,4 +50,6 @@ class MoEFeature:
             raise NothingToWin("the model has no parameters")
         reason = triton_rejects(TensorCall(device, torch.bfloat16))
         if reason is not None:
-            raise NothingToWin(f"nothing to win here, it {reason}; moe='on' switches it on all the same")
+            raise NothingToWin(
+                f"nothing to win here, it {reason}; where the model has experts, moe='on' switches it on all the same"
+            )
