@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpointing_helpers import assert_same, gradients, lazy_engine
 from simulated_device import SimulatedDevice
-from test_checkpointing_products import WIDTH, Block, Copying, CountOperations, plain, storing
+from test_checkpointing_products import WIDTH, Block, Branches, Copying, CountOperations, plain, storing
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing._internal.two_tensor import TwoTensor
@@ -165,17 +165,7 @@ def test_where_a_part_of_a_product_has_no_room_none_of_it_waits_in_host_memory(c
 
 
 def test_what_no_recompute_will_ask_for_goes_at_once(copying, handles):
-    class Path(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
-
-        def forward(self, x, count):
-            for layer in list(self.layers)[-count:]:
-                x = layer(x).sin()
-            return x
-
-    model, x = Path(), torch.ones(ROWS, WIDTH, requires_grad=True)
+    model, x = Branches(), torch.ones(ROWS, WIDTH, requires_grad=True)
     copying(model, x, 2).sum().backward()
     copying(model, x, 2)
     assert len(handles[-1].products) == 2

@@ -101,6 +101,19 @@ class Block(nn.Module):
         return nn.functional.dropout(nn.functional.relu(out, inplace=True) + self.narrow(x), 0.3)
 
 
+class Branches(nn.Module):
+    """A layer whose calls take as many of its products as they are told."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x, count):
+        for layer in list(self.layers)[-count:]:
+            x = layer(x).sin()
+        return x
+
+
 class Light(Layer):
     """A layer that holds far more than its products."""
 
@@ -243,16 +256,6 @@ def test_what_the_recompute_does_not_come_to_is_not_stored_again():
 
 
 def test_another_path_through_the_layer_looks_nothing_up(storing):
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
-
-        def forward(self, x, count):
-            for layer in list(self.layers)[-count:]:
-                x = layer(x).sin()
-            return x
-
     model, x, found = Branches(), torch.ones(3, WIDTH, requires_grad=True), {}
     for count in (2, 2, 3, 1, 2):
         for checkpoint_fn in (plain, storing):

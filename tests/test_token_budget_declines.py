@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import pickle
-import subprocess
-import sys
 import types
 import weakref
 from pathlib import Path
@@ -18,6 +15,7 @@ import transformers
 from hf_helpers import DEFAULTS, Pad, documents, make_trainer, tiny_model
 from lightning_helpers import Module, loader
 from lightning_helpers import make_trainer as lightning_trainer
+from process_helpers import run_in_two_processes
 from test_hf_lifecycle import FailAt, assert_nothing_is_left
 from token_budget_helpers import BUDGET, EPOCHS, NOT_DISPATCHED, Recorder, Stream, budget_trainer
 from torch.utils.data import DataLoader, SequentialSampler
@@ -461,15 +459,4 @@ assert "several processes" in str(callback.report.features["packing"].changes)
 
 
 def test_two_processes_share_the_batches(tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
-    (tmp_path / "script.py").write_text(RANKS)
-    path = os.pathsep.join(map(str, [root, root / "integrations", root / "tests", *filter(None, sys.path)]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, tmp_path / "script.py", tmp_path],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_in_two_processes(tmp_path, RANKS)

@@ -45,9 +45,8 @@ class PlannedCheckpoint:
         self.engine = engine
         self.costs: Costs | None = None
         self.forwards = 0  # that were planned
-        self.calls: Counter[str] = (
-            Counter()
-        )  # of planned forwards: "kept", "stored", "checkpointed", "offloaded"; "retried"
+        # Of planned forwards: "kept", "stored", "checkpointed", "offloaded"; "retried".
+        self.calls: Counter[str] = Counter()
         self._gauge = gauge
         self._model = None if model is None else weakref.ref(model)
         self._forwards = Forwards()
