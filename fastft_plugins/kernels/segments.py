@@ -20,15 +20,17 @@ def offsets(lengths: Sequence[int]) -> Tensor:
 
 def segment_ids(lengths: Sequence[int]) -> Tensor:
     """Which segment each element belongs to: int32 ``[T]``."""
-    ids_N = torch.arange(len(lengths), dtype=torch.int32)
-    return torch.repeat_interleave(ids_N, torch.tensor(lengths))
+    # repeat_interleave and indexing wake all threads, however few the elements: 7 ms a batch on a host of 32 cores.
+    starts_N1 = offsets(lengths)
+    begun_T1 = torch.zeros(int(starts_N1[-1]) + 1, dtype=torch.int32)
+    begun_T1.index_add_(0, starts_N1[1:], torch.ones(len(lengths), dtype=torch.int32))
+    return begun_T1[:-1].cumsum(0, dtype=torch.int32)
 
 
 def positions(lengths: Sequence[int]) -> Tensor:
     """Position of each element in its segment, from 0: int64 ``[T]``."""
-    lengths_N = torch.tensor(lengths)
-    starts_N = torch.cumsum(lengths_N, 0) - lengths_N
-    return torch.arange(int(lengths_N.sum())) - torch.repeat_interleave(starts_N, lengths_N)
+    starts_N1 = offsets(lengths)
+    return torch.arange(int(starts_N1[-1])) - starts_N1.index_select(0, segment_ids(lengths))
 
 
 def lengths_of(starts_T: Tensor) -> list[int]:

@@ -99,7 +99,7 @@ def _pack(batch: Mapping[str, Any]) -> PackedBatch:
         return _pack_rows(ids_BS, labels_BS, position_ids_BS, columns)
     real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask is None else _real_tokens(mask)
     for name in ("labels", "shift_labels"):
-        if batch.get(name) is not None and bool((batch[name][~real_BS] != IGNORE_INDEX).any()):
+        if batch.get(name) is not None and bool(((batch[name] != IGNORE_INDEX) & ~real_BS).any()):
             raise _Keep(f"{name} on padding positions, which stock training counts")
     return _pack_padded(ids_BS, labels_BS, real_BS, position_ids_BS, columns)
 
@@ -135,12 +135,19 @@ def _pack_padded(
         dropped_labels=int(((first_label_B != IGNORE_INDEX) & (first_B > 0)).sum()),
         moved_positions=bool(first_position_B.any()),
     )
-    labels_T = labels_BS[real_BS]
-    labels_T[metadata.cu_seqlens[:-1].long()] = IGNORE_INDEX
+    # Not column_BS[real_BS]: on a CPU, indexing with a mask wakes all threads, which takes longer than the copy.
+    real_T = real_BS.flatten().nonzero().flatten()
+    ids_T, labels_T = _select(ids_BS, real_T), _select(labels_BS, real_T)
+    labels_T.index_fill_(0, metadata.cu_seqlens[:-1].to(labels_T.device, torch.int64), IGNORE_INDEX)
     if metadata.dropped_labels and not bool((labels_T != IGNORE_INDEX).any()):
         raise _Keep("its only labels are first labels of left-padded rows, which a packed row has to drop")
-    columns_T = {name: column_BS[real_BS] for name, column_BS in columns.items()}
-    return _row(ids_BS[real_BS], labels_T, metadata.position_ids, metadata, columns_T)
+    columns_T = {name: _select(column_BS, real_T) for name, column_BS in columns.items()}
+    return _row(ids_T, labels_T, metadata.position_ids, metadata, columns_T)
+
+
+def _select(column_BS: Tensor, real_T: Tensor) -> Tensor:
+    """The elements with these numbers, counted through the rows."""
+    return column_BS.flatten().index_select(0, real_T)
 
 
 def _pack_rows(ids_BS: Tensor, labels_BS: Tensor, position_ids_BS: Tensor, columns: dict[str, Tensor]) -> PackedBatch:
