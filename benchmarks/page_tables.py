@@ -146,6 +146,35 @@ def _plan_cells(outcome: dict[str, Any], plain: dict[str, Any]) -> list[str]:
     ]
 
 
+def gradient_tables(results: Results) -> str:
+    """Of `benchmarks.gradient_accuracy`: a table for each file, a row for each kind of parameter."""
+    return "\n\n".join(_gradient_table(name, result) for name, result in results.items())
+
+
+def _gradient_table(name: str, result: dict[str, Any]) -> str:
+    settings, worst, lengths = result["settings"], result["worst"], result["lengths"]
+    stocks = settings["stock"]
+    header = "gradients of|fastft:" + "".join(f"|stock, {stock}:|fastft / stock:" for stock in stocks)
+    rows = [[kind, *_error_cells(errors, stocks)] for kind, errors in result["kinds"].items()]
+    flips = [f"{stack} {sum(shares) / len(shares):.2%}" for stack, shares in result["flips"].items()]
+    text = (
+        f"{link(name)}: {settings['shape']}, {settings['layers']} layers, {settings['dtype']}, "
+        f"{' and '.join(f'{sum(draw):,}' for draw in lengths)} tokens of {settings['documents']} in "
+        f"{' and '.join(f'{len(draw)}' for draw in lengths)} documents. Worst ratio **{worst['ratio']:.3f}** "
+        f"({worst['kind']}, against {worst['stock']}; the limit was {settings['limit']:g}). "
+        f"Peak {gigabytes(result.get('peak_bytes'))} GB. Experts that each run would have chosen otherwise: "
+        f"{', '.join(flips)} of tokens and layers."
+    )
+    return f"{text}\n\n{table(header, rows)}"
+
+
+def _error_cells(errors: dict[str, float], stocks: Sequence[str]) -> list[str]:
+    cells = [f"{errors['fastft']:.2e}"]
+    for stock in stocks:
+        cells += [f"{errors[stock]:.2e}", f"{errors['fastft'] / errors[stock]:.3f}" if errors[stock] else NONE]
+    return cells
+
+
 def table(header: str, rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table. In the header, columns are apart by `|`, and a colon at the end sets one to the right."""
     columns = header.split("|")

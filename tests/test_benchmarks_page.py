@@ -56,6 +56,21 @@ BLOCK = result(
         }
     ],
 )
+GRADIENTS = result(
+    "gradient_accuracy",
+    settings={
+        "shape": "toy", "layers": 2, "dtype": "bf16", "documents": "fixed-100", "stock": ["grouped_mm", "eager"],
+        "limit": 1.1,
+    },
+    lengths=[[400, 600], [300, 300, 390]],
+    flips={"fastft": [0.01, 0.02], "eager": [0.0, 0.0]},
+    kinds={
+        "sinks": {"fastft": 3e-3, "grouped_mm": 6e-3, "eager": 2e-3},
+        "nothing": {"fastft": 0.0, "grouped_mm": 0.0, "eager": 0.0},
+    },
+    worst={"ratio": 1.5, "kind": "sinks", "stock": "eager"},
+    peak_bytes=80_500_000_000,
+)  # fmt: skip
 OLD_PLANS = {
     "plain": {"status": "ok", "gradients": "equal", "distance": 0.0, "step_ms": [30.0, 10.0, 20.0],
               "peak_bytes": 8e9, "after_forward_bytes": 6e9, "engine": {}},
@@ -134,6 +149,16 @@ def test_plans_are_compared_with_plain_in_both_layouts(tmp_path: Path, plans: di
         assert row_of(text, "planned@40")[7] == "5.0 s, 3 steps"
         assert row_of(text, "planned@9")[-1] == "equal; **out of memory** `CUDA out of memory. See there`"
         assert row_of(text, "planned")[-1] == "–; **skipped** `out of time`"
+
+
+def test_gradients_are_compared_with_every_stock_that_was_named(tmp_path: Path) -> None:
+    write(tmp_path, "gradients_toy", GRADIENTS)
+    text = page.page(tmp_path)
+    assert "## Accuracy of gradients" in text
+    assert "1,000 and 990 tokens of fixed-100 in 2 and 3 documents. Worst ratio **1.500** (sinks, against eager" in text
+    assert "fastft 1.50%, eager 0.00%" in text and "Peak 80.5 GB" in text
+    assert row_of(text, "sinks") == ["sinks", "3.00e-03", "6.00e-03", "0.500", "2.00e-03", "1.500"]
+    assert row_of(text, "nothing")[2:] == ["0.00e+00", "–", "0.00e+00", "–"]
 
 
 def test_a_picture_of_the_name_is_shown_and_what_a_file_lacks_is_said(tmp_path: Path) -> None:
