@@ -40,7 +40,8 @@ class Plans:
     layers whole, the others' inputs offloaded. ``planned``: each layer as the planner decides; ``planned@G``: in G GB
     of GPU memory. ``early``: torch's checkpointing, with LoRA's last adapters before their base products, as in
     ``keep``, ``planned`` and the following. ``products``: the products of every layer stored; ``products+offload``:
-    inside offloaded checkpoints.
+    inside offloaded checkpoints. So ``keep-0`` is ``offload`` with the adapters first: no layer whole, all inputs
+    offloaded, the least memory there is, and no base product at a layer's end computed again.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -4,10 +4,10 @@
     python -m benchmarks.checkpoint_sweep --shape llama-8b --liger --cap 40 --plans plain,offload,every-4
 
 A shape with random bf16 weights, LoRA of rank 16 on all linear layers, and one packed row of documents of up to 4,096
-tokens. So that the logits do not decide the memory, the vocabulary is the shape's own with Liger's fused cross-entropy
-(``--liger``), or a small one. The plans (`benchmarks.checkpoint_plans`) take turns on one model, in several rounds.
-Before a plan is timed, its gradients under deterministic algorithms are compared with those of torch's checkpointing,
-which is run twice, to see whether it repeats itself.
+tokens (``--longest``). So that the logits do not decide the memory, the vocabulary is the shape's own with Liger's
+fused cross-entropy (``--liger``), or a small one. The plans (`benchmarks.checkpoint_plans`) take turns on one model, in
+several rounds. Before a plan is timed, its gradients under deterministic algorithms are compared with those of the
+first plan, by default ``plain``, torch's checkpointing. That one is run twice, to see whether it repeats itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from fastft_plugins.checkpointing.planner import Plan
 from fastft_plugins.packing import PaddingFreeCollator
 
 _ROW = "{:<18} {:>9} {:>7} {:>8} {:>9}  {}"
-_LONGEST = 4096  # tokens of a document
 _MOST_STEPS = 16  # in which a plan settles
 
 
@@ -49,10 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     limit_memory(device, options.cap)
     model = make_model(options)
-    batch = make_batch(options.tokens, options.vocab, device)
+    batch = make_batch(options.tokens, options.vocab, device, options.longest, options.seed)
     result: dict[str, Any] = {
         **describe_command("checkpoint_sweep", arguments),
         "environment": describe_environment(device),
+        "settings": {name: value for name, value in vars(options).items() if name not in ("out", "device")},
         "lengths": list(batch["fastft_metadata"].lengths),
         "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "plans": {},
@@ -141,7 +141,7 @@ def limit_memory(device: torch.device, gigabytes: float | None) -> None:
 
 
 def compare(model: nn.Module, batch: dict[str, Any], truth: dict[str, Tensor]) -> dict[str, Any]:
-    """How the gradients are to torch's checkpointing's, and, for that itself, to those of a second run."""
+    """How the gradients are to the first plan's, and, for that itself, to those of a second run."""
     torch.use_deterministic_algorithms(True)  # a warning alone leaves flash attention's backward as it is
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
@@ -222,11 +222,11 @@ def make_model(options: Any) -> nn.Module:
     return model
 
 
-def make_batch(tokens: int, vocab: int, device: torch.device) -> dict[str, Any]:
-    """One packed row of exactly ``tokens`` tokens."""
-    rng, lengths = random.Random(0), [min(tokens, _LONGEST)]
+def make_batch(tokens: int, vocab: int, device: torch.device, longest: int = 4096, seed: int = 0) -> dict[str, Any]:
+    """One packed row of exactly ``tokens`` tokens, its first document ``longest`` long and no other one longer."""
+    rng, lengths = random.Random(seed), [min(tokens, longest)]
     while sum(lengths) < tokens:
-        lengths.append(min(rng.randint(min(64, tokens), _LONGEST), tokens - sum(lengths)))
+        lengths.append(min(rng.randint(min(64, tokens, longest), longest), tokens - sum(lengths)))
     documents = [torch.tensor([rng.randrange(1, vocab) for _ in range(length)]) for length in lengths]
     ids = nn.utils.rnn.pad_sequence(documents, batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in documents], batch_first=True)
@@ -270,6 +270,8 @@ def parse(arguments: list[str] | None) -> Any:
     add("--layers", type=int, help="fewer than the shape has")
     add("--tokens", type=int, default=16384)
     add("--vocab", type=int, default=4096, help="ids are below it; without --liger the whole vocabulary (4096)")
+    add("--longest", type=int, default=4096, help="tokens of the longest document, the row's first (4096)")
+    add("--seed", type=int, default=0, help="of the documents' lengths and tokens (0)")
     add("--liger", action="store_true", help="the shape's own vocabulary, with Liger's fused linear cross-entropy")
     add("--dtype", default="bf16", choices=("bf16", "fp32"))
     add("--rounds", type=int, default=2, help="how often the plans take turns (2)")
@@ -279,7 +281,10 @@ def parse(arguments: list[str] | None) -> Any:
     add("--budget", type=float, default=220.0, help="seconds after which no further plan is begun (220)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("checkpoint_sweep.json"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.longest < 1:
+        parser.error("--longest: a document has at least one token")
+    return options
 
 
 if __name__ == "__main__":

@@ -119,7 +119,9 @@ def _sweep_table(name: str, result: dict[str, Any]) -> str:
         f"{link(name)}: {sum(lengths):,} tokens in {len(lengths)} documents, one row, "
         f"weights of {gigabytes(result['weights_bytes'])} GB.\n\n{table(header, rows)}"
     )
-    text += listed(_absent(name, result, "--plans", plans))
+    first = next((plan for plan, outcome in plans.items() if "gradients" in outcome), "plain")
+    notes = [] if first == "plain" else [f"The gradients are compared with those of `{first}`."]
+    text += listed(notes + _absent(name, result, "--plans", plans))
     if why:
         text += f"\n\n<details><summary>What fastft says about its plans</summary>{listed(why)}\n\n</details>"
     return text

@@ -31,7 +31,8 @@ from benchmarks.settings import SMOKE, Settings
 from benchmarks.sft_names import SftStack
 from benchmarks.shapes import SHAPES, build_model
 from benchmarks.summary import pairs_text, ratios, render, spread, summarise
-from benchmarks.table import markdown
+from benchmarks.table import RESULTS, markdown
+from fastft_plugins.checkpointing import OffloadCheckpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -410,6 +411,44 @@ def test_smoke_run_of_the_checkpoint_sweep(
     assert checkpoint_plot.main([str(out)]) == 0
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert checkpoint_plot.points([result])["early"][0] == 1.0
+
+
+def test_a_sweep_of_one_plan_with_documents_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    from benchmarks import checkpoint_plans, checkpoint_sweep
+
+    calls: list[Any] = []
+
+    class Seen(checkpoint_plans.AdaptersFirst):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(self._checkpoint_fn)
+            return super().__call__(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint_plans, "AdaptersFirst", Seen)
+    lengths = []
+    for seed in ("0", "1", "1"):
+        sizes = ["--shape", "tiny-llama", "--layers", "3", "--tokens", "240", "--vocab", "64", "--steps", "1"]
+        options = ["--plans", "keep-0", "--rounds", "1", "--longest", "100", "--seed", seed, "--dtype", "fp32"]
+        calls.clear()
+        assert checkpoint_sweep.main([*sizes, *options, "--device", "cpu", "--out", str(tmp_path / "out.json")]) == 0
+        result = json.loads((tmp_path / "out.json").read_text())
+        settings, lengths = result["settings"], [*lengths, result["lengths"]]
+        assert (settings["longest"], settings["seed"], settings["tokens"]) == (100, int(seed), 240)
+        assert sum(result["lengths"]) == 240 and max(result["lengths"]) == 100
+        outcome = result["plans"]["keep-0"]
+        assert outcome["status"] == "ok" and outcome["gradients"] == "equal"
+        # Every layer's input is offloaded, and each goes through the order with the adapters first.
+        assert calls and len(calls) % 3 == 0 and all(isinstance(one, OffloadCheckpoint) for one in calls)
+    assert lengths[1] == lengths[2] != lengths[0]
+
+
+def test_the_default_documents_of_a_sweep_are_those_of_earlier_results() -> None:
+    pytest.importorskip("peft")
+    from benchmarks.checkpoint_sweep import make_batch
+
+    row = make_batch(16384, 4096, torch.device("cpu"))
+    (known,) = RESULTS.glob("checkpointing_llama-8b_16k_all-plans_h200_*.json")
+    assert list(row["fastft_metadata"].lengths) == json.loads(known.read_text())["lengths"]
 
 
 def test_the_planner_is_compared_in_the_same_memory() -> None:

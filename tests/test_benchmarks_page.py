@@ -169,6 +169,9 @@ def test_a_picture_of_the_name_is_shown_and_what_a_file_lacks_is_said(tmp_path: 
     text = page.page(tmp_path)
     assert "![checkpointing_one](checkpointing_one.png)" in text and "two.png" not in text
     assert "[checkpointing_one](checkpointing_one.json) has nothing of every-2" in text
+    assert "compared with those of" not in text
+    write(tmp_path, "checkpointing_two", sweep | {"plans": {"keep-0": OLD_PLANS["plain"], "plain": OLD_PLANS["plain"]}})
+    assert "- The gradients are compared with those of `keep-0`." in page.page(tmp_path)
 
 
 def test_an_unknown_layout_is_listed_with_its_command(tmp_path: Path) -> None:
