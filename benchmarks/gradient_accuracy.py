@@ -17,8 +17,8 @@ truth has chosen, and weighs them by its own router's logits: a token that goes 
 far more than any rounding, and says nothing about kernels. How many would have gone elsewhere is counted ("flips").
 
 The error of a kind of parameter, over all layers and draws: ‖gradient − truth‖ / ‖truth‖, in Frobenius norms. The exit
-status is 1 if one of ours is more than ``--limit`` times stock's, where several are named, of any of them. The truth's
-gradients stay on the device in fp64: a layer of gpt-oss-20b takes 19 GB in all, beside the activations.
+status is 1 if one of ours is more than ``--limit`` times stock's, where several are named, of any of them. The truth
+decides the memory: for each layer of gpt-oss-20b 13 GB of weights and gradients, and some 30 GB at the worst moment.
 """
 
 from __future__ import annotations

@@ -184,6 +184,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         parser.error(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
     if options.cap is not None and not torch.cuda.is_available():
         parser.error("--cap limits a GPU's memory, and torch finds no CUDA GPU here")
+    if options.cap is not None and options.cap <= 0:
+        parser.error("--cap is above 0")
     if options.out is not None and (problem := _problem_of(options.out)):
         parser.error(f"--out {options.out}: {problem}")
     settings = settings_from(options)

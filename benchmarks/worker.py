@@ -23,7 +23,7 @@ def main(stack: str, settings_file: str, result_file: str) -> None:
 def measure(stack: str, settings: Settings) -> dict[str, Any]:
     if settings.cap is not None:
         total = torch.cuda.get_device_properties(settings.torch_device()).total_memory
-        torch.cuda.set_per_process_memory_fraction(settings.cap * 1e9 / total)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, settings.cap * 1e9 / total))
     result = find_stack(stack)(settings)
     result["documents_digest"] = describe(steps_of(settings))["digest"]
     result["environment"] = describe_environment(settings.torch_device())

@@ -14,6 +14,7 @@ import weakref
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ pytest.importorskip("transformers", reason="the benchmarks train with transforme
 from simulated_device import SimulatedDevice
 
 from benchmarks import run as cli
-from benchmarks import table, weights
+from benchmarks import table, weights, worker
 from benchmarks.documents import TOLERANCE, describe, make_steps, parse_lengths
 from benchmarks.environment import git_commit
 from benchmarks.settings import SMOKE, Settings
@@ -374,6 +375,53 @@ def test_bad_options_end_with_a_message(
     with pytest.raises(SystemExit):
         cli.parse(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_a_cap_that_is_no_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        cli.parse(["--cap", "0"])
+    assert "--cap is above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("cap", "fraction"), [("24", 0.3), ("200", 1.0)])
+def test_the_sft_stacks_load_and_train_4_bit_weights_within_a_cap(
+    cap: str, fraction: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+    monkeypatch.setattr(cli, "find_spec", lambda name: True)
+    for name, value in {
+        "is_available": lambda: True,
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=80 * 10**9),
+        "set_per_process_memory_fraction": events.append,
+        "get_device_name": lambda: "GPU",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(worker, "find_stack", lambda name: lambda settings: events.append((name, settings)) or {})
+    monkeypatch.setattr(weights.subprocess, "run", lambda command, check: events.append(command[2]))
+    stacks = ["trl-flex-liger-every-2", "trl-fastft-planned-liger"]
+    options, settings = cli.parse(["--cap", cap, "--quantize", "nf4", "--stacks", ",".join(stacks)])
+    with weights.saved_weights(settings) as given:  # made in a process without a cap
+        for name in options.stacks:
+            file = tmp_path / name
+            file.write_text(json.dumps(dataclasses.asdict(given)))
+            worker.main(name, str(file), str(tmp_path / "out.json"))
+    assert events[0] == "benchmarks.weights"
+    assert events[1::2] == [fraction] * 2  # before the stack loads anything
+    assert [name for name, _ in events[2::2]] == stacks
+    assert {(one.quantize, one.weights) for _, one in events[2::2]} == {("nf4", given.weights)}
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL")
+def test_every_nth_layer_is_an_option_of_the_stock_trainer(tmp_path: Path) -> None:
+    from benchmarks.sft import make_config
+
+    settings = Settings(**{**SMOKE, "checkpointing": True})
+    kinds = {kind: f"trl-{kind}-every-2" for kind in ("sdpa", "flex", "fastft")}
+    for kind, name in kinds.items():
+        config = make_config(settings, SftStack.from_name(name), str(tmp_path))
+        assert config.gradient_checkpointing_kwargs["every_n_layers"] == 2, kind
+    assert not make_config(settings, SftStack("flex"), str(tmp_path)).gradient_checkpointing_kwargs
 
 
 def test_help_explains_the_stacks(capsys: pytest.CaptureFixture[str]) -> None:
