@@ -8,7 +8,7 @@ from dataclasses import dataclass
 HELP = """\
 trl-ATTENTION[-liger][-nocheckpoint | -every-N]: SFTTrainer, packing with bfd into 2 rows of half the tokens each
     sdpa, flex       stock, with sdpa, as a plain install has it, or flex_attention
-    fastft           the same trainer with SFTConfig(fastft=True), sdpa; checkpointing stays torch's own
+    fastft           the same trainer with SFTConfig(fastft=True), sdpa; checkpointing="off", so it stays torch's own
     fastft-planned   and checkpointing="on": fastft decides which layers to keep
     -liger           use_liger_kernel=True, in stock stacks and ours alike
     -nocheckpoint    activation checkpointing off;  -every-N: every N-th layer only (every_n_layers)

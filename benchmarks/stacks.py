@@ -140,11 +140,11 @@ def _lightning_padded(settings: Settings) -> dict[str, Any]:
 
 @stack("lightning-fastft-padded")
 def _lightning_fastft_padded(settings: Settings) -> dict[str, Any]:
-    """the same lightning.Trainer with plugins=[FastFTPlugin()]"""
+    """the same lightning.Trainer with plugins=[FastFTPlugin({"checkpointing": "off"})]"""
     from benchmarks.lightning_fit import measure_lightning
     from fastft_plugins import FastFTPlugin
 
-    return measure_lightning(settings, padding_collator(), FastFTPlugin())
+    return measure_lightning(settings, padding_collator(), FastFTPlugin(_EQUAL))
 
 
 @functools.cache  # in one process, the stacks take turns on one model

@@ -18,5 +18,9 @@ class Declined(FastFTError):
     """
 
 
+class NoAdapter(Declined):
+    """No plugin has anything to change in this target."""
+
+
 class NothingToWin(Declined):
     """A feature has nothing to serve or to gain in this run, which is no shortcoming: no warning, not even strict."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from fastft_plugins.config import FEATURES, FastFTConfig
-from fastft_plugins.errors import Declined, FastFTError, NothingToWin
+from fastft_plugins.errors import Declined, FastFTError, NoAdapter, NothingToWin
 from fastft_plugins.ledger import Ledger
 from fastft_plugins.manager import get_plugin_manager
 from fastft_plugins.report import FeatureReport, Report
@@ -160,7 +160,8 @@ class Run:
         """Call a seam on every plugin; returns what they changed.
 
         Raises:
-            Declined: with the reason, if a plugin declined, failed, or none of them had anything to change.
+            Declined: with the reason, if a plugin declined or failed.
+            NoAdapter: none of them had anything to change.
         """
         changes = []
         for plugin, result in get_plugin_manager().call_each(hook, run=self, **arguments):
@@ -171,7 +172,7 @@ class Run:
             if result is not None:
                 changes.append(str(result))
         if not changes:
-            raise Declined(f"no plugin knows how to serve this {self.report.framework} target ({self.report.model})")
+            raise NoAdapter(f"no plugin knows how to serve this {self.report.framework} target ({self.report.model})")
         return changes
 
     def switch_off(self, name: str, declined: Declined) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,17 +231,59 @@ def test_trainers_of_other_ways_do_not_begin(switch, options, reason, lazy, tmp_
     assert trainer.state.global_step == 0 and lazy.copies == 0
 
 
-@pytest.mark.parametrize("keywords", [{"use_reentrant": False}, {"use_reentrant": True}])
-def test_auto_leaves_it_off_and_says_so_in_the_report_alone(keywords, lazy, caplog):
-    model = tiny_model().train()
-    enable_checkpointing(model, keywords)
+def test_auto_takes_over_where_checkpointing_is_on(lazy, caplog):
+    model = checkpointed_model()
+    expected = step(model)
+    with apply(model, AUTO | {"strict": True}) as run:
+        for _ in range(3):
+            assert_equal(step(model), expected)
+        assert run.report.features["checkpointing"].enabled
+    assert run.report.features["checkpointing"].metrics["offloaded_layers"] == 3 and not caplog.records
+
+
+class Plain(torch.nn.Linear):
+    """A model that no plugin knows."""
+
+
+def sharded(model):
+    class DTensor(torch.Tensor):
+        pass
+
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().as_subclass(DTensor))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (tiny_model, "not switched on"),
+        (lambda: enable_checkpointing(model := tiny_model(), {"use_reentrant": True}) or model, "use_reentrant=True"),
+        (lambda: Plain(2, 2), "no plugin knows"),
+        (lambda: torch.nn.DataParallel(tiny_model()), "not switched on"),
+        (lambda: sharded(tiny_model()), "not switched on"),
+    ],
+    ids=["off", "reentrant", "unknown", "off in parallel", "off and sharded"],
+)
+def test_what_was_not_asked_for_is_said_in_the_report_alone(make, reason, lazy, caplog):
+    model = make().train()
     before = functions(model)
     with apply(model, AUTO | {"strict": True}) as run:
-        step(model)
         assert functions(model) == before
     entry = run.report.features["checkpointing"]
-    assert not entry.enabled and "checkpointing='on' switches it on" in entry.reason
-    assert not caplog.records and lazy.copies == 0
+    assert not entry.enabled and reason in entry.reason
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("options", [{}, options_of(use_reentrant=True)], ids=["off", "reentrant"])
+@pytest.mark.parametrize("switch", ["callback", "apply"])
+def test_trainers_of_other_ways_train_on_and_nobody_is_warned(switch, options, lazy, tmp_path, caplog):
+    callback = FastFTCallback(AUTO)
+    trainer = make_trainer(tmp_path, tiny_model(), callbacks=[callback] if switch == "callback" else [], **options)
+    with apply(trainer, AUTO) if switch == "apply" else contextlib.nullcontext() as run:
+        trainer.train()
+    entry = (run or callback).report.features["checkpointing"]
+    assert not entry.enabled and ("use_reentrant=True" if options else "not switched on") in entry.reason
+    assert not [record for record in caplog.records if record.name == "fastft"] and lazy.copies == 0
 
 
 def test_a_copy_of_a_model_that_offloads_is_stock(lazy, room):
@@ -288,12 +331,21 @@ def test_a_model_on_several_devices_is_left_alone(lazy, caplog):
 
 
 def test_sharded_parameters_are_an_error(lazy):
-    class DTensor(torch.Tensor):
-        pass
-
-    model = checkpointed_model()
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().as_subclass(DTensor))
+    model = sharded(checkpointed_model())
+    before = functions(model)
     with pytest.raises(FastFTError, match="parameters are sharded"), apply(model, ONLY):
+        pass
+    assert functions(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "plugin"),
+    [("fsdp_plugin", object()), ("parallelism_config", object()), ("deepspeed_plugin", SimpleNamespace(zero_stage=3))],
+)
+def test_a_trainer_that_is_going_to_split_the_model_is_an_error(name, plugin, lazy, tmp_path):
+    trainer = make_trainer(tmp_path, tiny_model(), **OPTIONS)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(**{name: plugin}))
+    with pytest.raises(FastFTError, match="split over processes"), apply(trainer, ONLY):
         pass
 
 

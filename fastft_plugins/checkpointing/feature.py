@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import nn
 
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint
 from fastft_plugins.checkpointing.gauge import make_gauge
 from fastft_plugins.checkpointing.planned import PlannedCheckpoint
 from fastft_plugins.device import training_device
-from fastft_plugins.errors import Declined, NothingToWin
+from fastft_plugins.errors import Declined, NoAdapter, NothingToWin
 from fastft_plugins.kernels import transfer
 
 if TYPE_CHECKING:
     from fastft_plugins.run import Run
 
 _REASON = "what there is memory for is kept or stored, the rest is computed again as in stock checkpointing"
-_NEW = "it is new, and chosen only where it is asked for: checkpointing='on' switches it on"
 _SHARDED = "the parameters are sharded (FSDP, ZeRO-3), and ranks that run other layers again would wait for each other"
 
 
@@ -40,13 +39,15 @@ class CheckpointingFeature:
         reason = transfer.why_no_transfer(device)
         if reason is not None:
             raise NothingToWin(reason)
-        if run.config.mode(self.name) == "auto":
-            raise NothingToWin(_NEW)
-        if any(_is_sharded(parameter) for parameter in run.model.parameters()):
-            raise Declined(_SHARDED)
         gauge = make_gauge(device, run.config.memory_budget)
         self._checkpoint = PlannedCheckpoint(gauge, OffloadCheckpoint(), run.model)
-        changes = run.call("fastft_inject_reloader", checkpoint_fn=self._checkpoint)
+        try:
+            changes = run.call("fastft_inject_reloader", checkpoint_fn=self._checkpoint)
+        except NoAdapter as unknown:  # nothing says that the model is checkpointed at all
+            raise NothingToWin(str(unknown)) from unknown
+        # Only now, so that nobody is warned whose checkpointing is off; what was injected is taken back.
+        if _is_sharded(run.model):
+            raise Declined(_SHARDED)
         run.report.features[self.name].changes.extend(changes)
         run.ledger.record("the host memory of checkpoints", self._checkpoint.close)
         return _REASON
@@ -63,6 +64,11 @@ class CheckpointingFeature:
             entry.enabled, entry.reason = False, "nothing was kept, stored or offloaded, as in stock checkpointing"
 
 
-def _is_sharded(parameter: Tensor) -> bool:
-    """Of FSDP2, FSDP1 or DeepSpeed's ZeRO-3, whose layers gather their weights whenever they run."""
-    return type(parameter).__name__ in ("DTensor", "FlatParameter") or hasattr(parameter, "ds_id")
+def _is_sharded(model: nn.Module) -> bool:
+    """By FSDP2, FSDP1 or DeepSpeed's ZeRO-3, whose layers gather their weights whenever they run."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return True  # it may show parameters that look like any
+    return any(
+        type(parameter).__name__ in ("DTensor", "FlatParameter") or hasattr(parameter, "ds_id")
+        for parameter in model.parameters()
+    )

@@ -21,25 +21,36 @@ _FUNCTION = "_gradient_checkpointing_func"
 # Newer transformers says "activation" where older ones say "gradient"; an alias of the other name calls this one.
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")
 
+_OFF = "activation checkpointing is not switched on"
+_REENTRANT = "use_reentrant=True: set gradient_checkpointing_kwargs={'use_reentrant': False}"
+_SPLIT = (
+    "the model is split over processes (FSDP, ZeRO-3, tensor, context or sequence parallelism), and ranks that run "
+    "other layers again would wait for each other"
+)
+
 
 def inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
     """Make checkpointed layers call ``checkpoint_fn``; None if the model is not transformers' own."""
     if not any(isinstance(module, PreTrainedModel) for module in run.model.modules()):
         return None
     args = getattr(run.target.trainer, "args", None)
+    is_later = any(getattr(args, name, False) for name in _NAMES) and not run.target.in_training
+    if not is_later and not any(map(_is_checkpointed, run.model.modules())):
+        raise NothingToWin(_OFF)
     if isinstance(run.model, nn.DataParallel) or getattr(args, "n_gpu", 1) > 1:
         raise Declined("DataParallel copies the layers to every GPU at each step; launch one process per GPU")
     if getattr(args, "activation_offloading", False):
         raise Declined("activation_offloading=True: TRL's own offloading copies all that is saved")
-    if any(getattr(args, name, False) for name in _NAMES) and not run.target.in_training:
-        return _inject_later(run, checkpoint_fn)
-    return _inject(run, run.ledger, checkpoint_fn)
+    if _is_split(run):
+        raise Declined(_SPLIT)
+    return (_inject_later if is_later else _inject)(run, checkpoint_fn)
 
 
-def _inject(run: Run, ledger: Ledger, checkpoint_fn: Callable[..., Any]) -> str:
+def _inject(run: Run, checkpoint_fn: Callable[..., Any], ledger: Ledger | None = None) -> str:
+    ledger = run.ledger if ledger is None else ledger
     modules = [module for module in run.model.modules() if _is_checkpointed(module)]
     if not modules:
-        raise NothingToWin("activation checkpointing is not switched on")
+        raise NothingToWin(_OFF)
     kept: Counter[str] = Counter()
     functions: dict[Any, Any] = {}  # one of ours for each of theirs
     has_lora, stores_products = has_adapters(run.model), not any(map(_is_flex, run.model.modules()))
@@ -55,8 +66,8 @@ def _inject(run: Run, ledger: Ledger, checkpoint_fn: Callable[..., Any]) -> str:
             function = _Checkpoint(checkpoint_fn, ours, _keywords(stock))
             functions[stock] = AdaptersFirst(function) if has_lora else function
         ledger.setattr(module, _FUNCTION, functions[stock])
-    if not functions:
-        raise Declined("; ".join(kept))
+    if not functions:  # the user's own choice of reentrant checkpointing is no shortcoming
+        raise (NothingToWin if set(kept) == {_REENTRANT} else Declined)("; ".join(kept))
     changes = [f"checkpoint function in {len(modules) - kept.total()} modules"]
     changes += ["LoRA's last adapter of a layer runs before its base product"] if has_lora else []
     changes += [f"{count} modules keep theirs: {reason}" for reason, count in kept.items()]
@@ -76,7 +87,7 @@ def _inject_later(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
         if run is None or not run.active:
             return
         try:
-            change = _inject(run, ledger, checkpoint_fn)
+            change = _inject(run, checkpoint_fn, ledger)
         except Declined as declined:
             run.switch_off("checkpointing", declined)
         else:
@@ -100,6 +111,14 @@ class _Checkpoint:
         return functools.partial(functools.partial, checkpoint, **self._keywords), ()
 
 
+def _is_split(run: Run) -> bool:
+    """Whether the trainer splits the layers over processes; a run may start before it has done so."""
+    state = getattr(getattr(run.target.trainer, "accelerator", None), "state", None)
+    plugins = (getattr(state, name, None) for name in ("fsdp_plugin", "parallelism_config"))
+    shards = getattr(getattr(state, "deepspeed_plugin", None), "zero_stage", 0) == 3
+    return shards or any(plugin is not None for plugin in plugins) or (getattr(run.model, "tp_size", None) or 1) > 1
+
+
 def _is_flex(module: nn.Module) -> bool:
     """Whether its attention is flex_attention, which is compiled inside the layer."""
     config = getattr(module, "config", None)
@@ -116,7 +135,7 @@ def _why_not(stock: Any) -> str | None:
     if inner is not checkpoint and not _offloads(stock):
         return f"they call {getattr(inner, '__qualname__', type(inner).__name__)}, not torch's checkpoint"
     if _keywords(stock).get("use_reentrant") is not False:
-        return "use_reentrant=True: set gradient_checkpointing_kwargs={'use_reentrant': False}"
+        return _REENTRANT
     return None
 
 
