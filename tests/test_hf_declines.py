@@ -221,6 +221,30 @@ def test_code_that_comes_after_the_run_has_begun_is_an_error(tmp_path, change, e
     assert trainer.state.global_step == 0 and callback.report.state == "stopped by FastFTError"
 
 
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+def test_code_that_comes_on_a_class_in_a_run_is_an_error(monkeypatch, name):
+    model, layer = tiny_model().train(), transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    with apply(model) as run:
+        batch = run.collator(Pad())(documents(4))
+        model(**batch)
+        original = getattr(layer, name)
+        monkeypatch.setattr(layer, name, lambda *args, **kwargs: original(*args, **kwargs), raising=False)
+        with pytest.raises(FastFTError, match="since training began: the forward of LlamaDecoderLayer is replaced"):
+            model(**batch)
+
+
+def test_a_harmless_forward_may_come_in_a_run():
+    model = tiny_model().train()
+    with apply(model) as run:
+        batch = run.collator(Pad())(documents(4))
+        model(**batch)
+        model.model.layers[1].forward = functools.partial(model.model.layers[1].forward)
+        model(**batch), model(**batch)
+        replace_a_layer(model)
+        with pytest.raises(FastFTError, match="since training began"):
+            model(**batch)
+
+
 @pytest.mark.parametrize("budget", [None, 64])
 def test_code_that_comes_in_a_callback_before_ours(tmp_path, budget):
     """In time to decline; not where batches are formed by tokens, for which a run begins before any callback."""

@@ -35,6 +35,20 @@ def loop(model, loader):
     return [model(**batch).loss.item() for batch in loader]
 
 
+def test_no_backward_copies_a_gradient_into_zeros():
+    """As that of a selection of the one row does, for each layer's queries, keys and values."""
+    model = tiny_model().train()
+    with apply(model, {"packing": "on"}) as run:
+        loss = model(**run.collator(Pad())(documents(4))).loss
+    nodes, pending = set(), [loss.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            pending += [following for following, _ in node.next_functions]
+    assert len(nodes) > 100 and not any(node.name().startswith("Select") for node in nodes)
+
+
 # Packed batches meet only models that pack
 
 

@@ -35,7 +35,7 @@ def efficient_attention(
         k_TGD, v_TGD = k_TGD.repeat_interleave(repeats, 1), v_TGD.repeat_interleave(repeats, 1)
     rows = (q_THD[None], k_TGD[None], v_TGD[None])
     out_BTHD: Tensor = _EfficientVarlen.apply(*rows, cu_seqlens, max_seqlen, scale, window)  # type: ignore[no-untyped-call]
-    return out_BTHD[0]
+    return out_BTHD.squeeze(0)  # not [0], whose backward copies
 
 
 class _EfficientVarlen(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _EfficientVarlen(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:
         out_BTHD: Tensor
-        out_BTHD, lse, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward(
+        out_BTHD, lse, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward.default(
             q_BTHD,
             k_BTHD,
             v_BTHD,
@@ -73,7 +73,7 @@ class _EfficientVarlen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout_BTHD: Tensor) -> tuple[Tensor | None, ...]:
         q_BTHD, k_BTHD, v_BTHD, out_BTHD, lse, seed, offset, cu_seqlens = ctx.saved_tensors
-        dq_BTHD, dk_BTHD, dv_BTHD, _ = torch.ops.aten._efficient_attention_backward(
+        dq_BTHD, dk_BTHD, dv_BTHD, _ = torch.ops.aten._efficient_attention_backward.default(
             dout_BTHD.contiguous(),
             q_BTHD,
             k_BTHD,

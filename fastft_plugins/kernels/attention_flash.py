@@ -40,17 +40,66 @@ def flash_attention(
         v_TGD = pad(v_TGD, (0, head_dim - value_dim))
     if sinks_H is not None:
         sinks_H = sinks_H.float()  # so that the gradients of several launches add up in fp32
-    outputs: list[Tensor] = []
-    for first, last in split_documents(lengths, heads, head_dim):
-        if (first, last) == (0, len(lengths)):
-            rows, cu, longest = slice(None), cu_seqlens, max_seqlen
-        else:
+    ranges = split_documents(lengths, heads, head_dim)
+    if len(ranges) == 1:
+        out_THD = _launch(q_THD, k_TGD, v_TGD, cu_seqlens, max_seqlen, scale, window, sinks_H)
+    else:
+        outputs = []
+        for first, last in ranges:
             start = sum(lengths[:first])
             rows = slice(start, start + sum(lengths[first:last]))
             cu, longest = cu_seqlens[first : last + 1] - start, max(lengths[first:last])
-        part = (q_THD[rows], k_TGD[rows], v_TGD[rows], cu, longest, scale, window, sinks_H)
-        outputs.append(_FlashVarlen.apply(*part))  # type: ignore[no-untyped-call]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[..., :value_dim]
+            outputs.append(_launch(q_THD[rows], k_TGD[rows], v_TGD[rows], cu, longest, scale, window, sinks_H))
+        out_THD = torch.cat(outputs)
+    return out_THD if value_dim == head_dim else out_THD[..., :value_dim]
+
+
+def _launch(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    out_THD: Tensor
+    if sinks_H is None:  # torch's own derivative is the same kernel, and costs the host less than a function in Python
+        out_THD, *_ = _forward(q_THD, k_TGD, v_TGD, cu_seqlens, max_seqlen, scale, window)
+    else:
+        out_THD = _WithSinks.apply(  # type: ignore[no-untyped-call]
+            q_THD, k_TGD, v_TGD, cu_seqlens, max_seqlen, scale, window, sinks_H
+        )
+    return out_THD
+
+
+def _forward(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, ...]:
+    """The attention ``[T, H, D]``, its log-sum-exp ``[H, T]``, and what the backward wants beside them."""
+    outputs: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward.default(
+        q_THD,
+        k_TGD,
+        v_TGD,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )
+    return outputs
 
 
 def split_documents(lengths: Sequence[int], heads: int, head_dim: int) -> list[tuple[int, int]]:
@@ -62,6 +111,8 @@ def split_documents(lengths: Sequence[int], heads: int, head_dim: int) -> list[t
         ValueError: if one document alone is too long.
     """
     per_row = heads * (-(-head_dim // 32) * 32)
+    if (sum(lengths) + 128 * len(lengths)) * per_row < _INT32_LIMIT:
+        return [(0, len(lengths))]
     ranges, first, rows = [], 0, 0
     for document, length in enumerate(lengths):
         if (length + 128) * per_row >= _INT32_LIMIT:
@@ -76,7 +127,7 @@ def split_documents(lengths: Sequence[int], heads: int, head_dim: int) -> list[t
     return [*ranges, (first, len(lengths))]
 
 
-class _FlashVarlen(torch.autograd.Function):
+class _WithSinks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -87,38 +138,20 @@ class _FlashVarlen(torch.autograd.Function):
         max_seqlen: int,
         scale: float,
         window: int | None,
-        sinks_H: Tensor | None,
+        sinks_H: Tensor,
     ) -> Tensor:
-        left = -1 if window is None else window - 1
-        out_THD: Tensor
-        lse_HT: Tensor
-        out_THD, lse_HT, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
-            q_THD,
-            k_TGD,
-            v_TGD,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            0.0,
-            True,
-            False,
-            scale=scale,
-            window_size_left=left,
-            window_size_right=0,
-        )
-        if sinks_H is not None:
-            with_sink_HT = torch.logaddexp(lse_HT, sinks_H[:, None])
-            kept_TH1 = (lse_HT - with_sink_HT).exp().t().unsqueeze(-1)
-            out_THD, lse_HT = (out_THD * kept_TH1).to(q_THD.dtype), with_sink_HT
+        out_THD, lse_HT, rng_state, unused, _ = _forward(q_THD, k_TGD, v_TGD, cu_seqlens, max_seqlen, scale, window)
+        with_sink_HT = torch.logaddexp(lse_HT, sinks_H[:, None])
+        kept_TH1 = (lse_HT - with_sink_HT).exp().t().unsqueeze(-1)
+        out_THD, lse_HT = (out_THD * kept_TH1).to(q_THD.dtype), with_sink_HT
         ctx.save_for_backward(q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_seqlens, rng_state, unused, sinks_H)
-        ctx.max_seqlen, ctx.scale, ctx.left = max_seqlen, scale, left
+        ctx.max_seqlen, ctx.scale, ctx.left = max_seqlen, scale, -1 if window is None else window - 1
         return out_THD
 
     @staticmethod
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_seqlens, rng_state, unused, sinks_H = ctx.saved_tensors
-        dq_THD, dk_TGD, dv_TGD = torch.ops.aten._flash_attention_backward(
+        dq_THD, dk_TGD, dv_TGD = torch.ops.aten._flash_attention_backward.default(
             dout_THD.contiguous(),
             q_THD,
             k_TGD,
@@ -138,7 +171,7 @@ class _FlashVarlen(torch.autograd.Function):
             window_size_right=0,
         )
         dsinks_H = None
-        if sinks_H is not None and ctx.needs_input_grad[7]:
+        if ctx.needs_input_grad[7]:
             # d(sink) = −Σ p_sink · (dO · out'), the same row sum that the softmax's own backward subtracts
             row_sum_HT = (dout_THD.float() * out_THD.float()).sum(-1).t()
             p_sink_HT = (sinks_H[:, None] - lse_HT).exp()

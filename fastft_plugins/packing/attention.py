@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from numbers import Integral, Real
 from typing import Any
 
@@ -49,27 +50,64 @@ def packed_attention(
         q_THD, k_TGD, v_TGD = (
             tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in (q_THD, k_TGD, v_TGD)
         )
-    _check_tensors(q_THD, k_TGD, v_TGD, metadata, sinks)
     _check_numbers(window, softcap, scale)
     if window is not None and window >= metadata.max_seqlen:
         window = None
-    call = AttentionCall(
-        q_THD.device,
-        q_THD.dtype,
-        q_THD.shape[1],
-        k_TGD.shape[1],
-        q_THD.shape[2],
-        v_TGD.shape[2],
-        window is not None,
-        softcap is not None,
-        sinks is not None,
-        len(metadata.lengths) * metadata.max_seqlen > UNEVEN * metadata.total_tokens,
-    )
+    call = _call_of(q_THD, k_TGD, v_TGD, metadata, window, softcap, sinks)
     run = choose("attention", call).kernel.run
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
     lengths, cu_seqlens, max_seqlen = metadata.lengths, metadata.cu_seqlens, metadata.max_seqlen
     out_THD: Tensor = run(q_THD, k_TGD, v_TGD, cu_seqlens, lengths, max_seqlen, scale, window, softcap, sinks)
     return out_THD
+
+
+# By batch, and by everything that a check looks at: layers of one kind are checked once.
+_calls: weakref.WeakKeyDictionary[PackedMetadata, dict[tuple[Any, ...], AttentionCall]] = weakref.WeakKeyDictionary()
+
+
+def _call_of(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    metadata: PackedMetadata,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> AttentionCall:
+    """What decides which kernel can serve these tensors, once they have been found to fit together."""
+    key = (
+        q_THD.shape,
+        k_TGD.shape,
+        v_TGD.shape,
+        q_THD.dtype,
+        k_TGD.dtype,
+        v_TGD.dtype,
+        q_THD.device,
+        k_TGD.device,
+        v_TGD.device,
+        window is None,
+        softcap is None,
+        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device),
+    )
+    calls = _calls.get(metadata)
+    if calls is None:
+        calls = _calls.setdefault(metadata, {})
+    call = calls.get(key)
+    if call is None:
+        _check_tensors(q_THD, k_TGD, v_TGD, metadata, sinks)
+        call = calls[key] = AttentionCall(
+            q_THD.device,
+            q_THD.dtype,
+            q_THD.shape[1],
+            k_TGD.shape[1],
+            q_THD.shape[2],
+            v_TGD.shape[2],
+            window is not None,
+            softcap is not None,
+            sinks is not None,
+            len(metadata.lengths) * metadata.max_seqlen > UNEVEN * metadata.total_tokens,
+        )
+    return call
 
 
 def _check_tensors(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, metadata: PackedMetadata, sinks: Tensor | None) -> None:

@@ -15,25 +15,24 @@ import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from fastft_hf import own_attention
+from fastft_hf import foreign, own_attention
 from fastft_hf.decoder_hook import DecoderHook
 from fastft_hf.stand_in import StandInConfig, StockModule
 from fastft_hf.suitability import (
     attention_function,
     family_of,
     holders_of,
-    replaced_since,
     why_not,
     why_not_attention,
     why_not_code,
 )
 from fastft_plugins.errors import Declined, FastFTError
-from fastft_plugins.packing import METADATA_KEY, packed_attention
+from fastft_plugins.packing import METADATA_KEY, PackedMetadata, packed_attention
 from fastft_plugins.run import Run
 
 # Floating-point arguments of attention that packed attention honours.
@@ -91,9 +90,8 @@ def inject_packed_attention(
     for attention in attentions:
         run.ledger.setattr(attention, "config", StandInConfig(attention.config, _attn_implementation=_ATTENTION_NAME))
     decoder = _innermost_model(causal_lm, attentions)
-    # Found once: looking for them takes long, looking at them does not.
-    holders = [weakref.ref(module) for module in holders_of(causal_lm, attentions)]
-    checks = (partial(why_not_code, causal_lm), partial(replaced_since, holders), *checks)
+    forwards = foreign.Forwards(holders_of(causal_lm, attentions))
+    checks = (partial(why_not_code, causal_lm), forwards.replaced, *checks)
     hook = DecoderHook(run, family_of(causal_lm), counts_bare, checks)
     run.ledger.record(
         "the decoder's forward pre-hook", decoder.register_forward_pre_hook(hook, with_kwargs=True).remove
@@ -126,19 +124,19 @@ def _attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention signature: q ``[B, H, T, D]``, k and v ``[B, G, T, D]`` → ``[B, T, H, D]``."""
     metadata = kwargs.get(METADATA_KEY) or getattr(attention_mask, METADATA_KEY, None)
-    stock, stock_module = _stock(module), StockModule(module)
     if metadata is None:
-        result: tuple[Tensor, Tensor | None] = stock(stock_module, query, key, value, attention_mask, **kwargs)
+        stock = _stock(module)
+        result: tuple[Tensor, Tensor | None] = stock(StockModule(module), query, key, value, attention_mask, **kwargs)
         return result
     _check_arguments(module, kwargs)
-    if own_attention.is_own(stock):
-        return own_attention.attend(stock, stock_module, query, key, value, metadata, kwargs)
-    # Stock's sdpa knows neither, and where a transformers version lets a model call it with one, it ignores it.
-    ignores = _stock_implementation(module) == "sdpa"
+    stock, is_own, ignores = _stock_of_batch(module, metadata)
+    if is_own:
+        return own_attention.attend(stock, StockModule(module), query, key, value, metadata, kwargs)
     out_THD = packed_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        # Not query[0]: the backward of a selection copies the gradient into a tensor of zeros, in every layer.
+        query.transpose(1, 2).squeeze(0),
+        key.transpose(1, 2).squeeze(0),
+        value.transpose(1, 2).squeeze(0),
         metadata,
         window=kwargs.get("sliding_window"),
         softcap=None if ignores else kwargs.get("softcap"),
@@ -150,7 +148,11 @@ def _attention_forward(
 
 def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Refuse what would change stock's result and packed attention does not know: dropout, biases, masks."""
-    unknown = [name for name, value in kwargs.items() if name not in _KNOWN and _is_table(value)]
+    unknown = [
+        name
+        for name, value in kwargs.items()
+        if isinstance(value, Tensor) and name not in _KNOWN and value.is_floating_point() and value.dim()
+    ]
     if kwargs.get("dropout") or kwargs.get("is_causal") is False:
         unknown.append("dropout" if kwargs.get("dropout") else "is_causal=False")
     if unknown:
@@ -160,8 +162,29 @@ def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+class _Stock(NamedTuple):
+    """The attention function that layers have without a run."""
+
+    function: Callable[..., Any]
+    is_own: bool  # one that gets the row's boundaries; otherwise packed attention takes its place
+    ignores: bool  # softcap and sinks: sdpa knows neither, and where a transformers version passes it one, ignores it
+
+
+# By batch, class of layer and config: to look it up takes as long as the rest of a layer's call.
+_stock_of: weakref.WeakKeyDictionary[PackedMetadata, dict[tuple[type, int], _Stock]] = weakref.WeakKeyDictionary()
+
+
+def _stock_of_batch(module: nn.Module, metadata: PackedMetadata) -> _Stock:
+    config: Any = module.config
+    key, known = (type(module), id(config._fastft_stock_config)), _stock_of.get(metadata)
+    if known is None:
+        known = _stock_of.setdefault(metadata, {})
+    stock = known.get(key)
+    if stock is None:
+        function = _stock(module)
+        ignores = _stock_implementation(module) == "sdpa"
+        stock = known[key] = _Stock(function, own_attention.is_own(function), ignores)
+    return stock
 
 
 def _stock(module: nn.Module) -> Callable[..., Any]:

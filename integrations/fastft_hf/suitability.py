@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,11 +80,6 @@ def holders_of(causal_lm: PreTrainedModel, attentions: Sequence[nn.Module]) -> l
     """
     wanted = set(attentions)
     return [module for module in causal_lm.modules() if wanted & set(module.modules())]
-
-
-def replaced_since(holders: Sequence[weakref.ref[nn.Module]]) -> str | None:
-    """The reason if the forward of one of `holders_of` a model, as long as it lives, is somebody else's by now."""
-    return foreign.replaced_forward(module for holder in holders if (module := holder()) is not None)
 
 
 def attention_function(attention: nn.Module, implementation: str) -> Any:
