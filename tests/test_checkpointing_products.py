@@ -322,14 +322,14 @@ def test_no_products_are_stored_where_the_host_has_no_time(sizes):
     device.milliseconds = lambda begin, end: (end - begin) * 1e3  # the device waits for the host
     ours = planned_on(device)
     wide_steps(device, ours, 3)
-    assert ours.calls["kept"] and not ours.calls["stored"] and ours.costs.products == ((),) * DEPTH
+    assert ours.calls["kept"] and not ours.calls["stored"] and ours.planning.costs.products == ((),) * DEPTH
 
 
 def test_a_compiled_layer_stores_no_products(monkeypatch):
     ours = planned_on(PatientHost())
     monkeypatch.setattr(measurement_module, "is_compiled", lambda layer: isinstance(layer, Layer))
-    wide_steps(ours._gauge, ours, 2)
-    assert ours.costs.products == ((),) * DEPTH
+    wide_steps(ours.planning._gauge, ours, 2)
+    assert ours.planning.costs.products == ((),) * DEPTH
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -345,11 +345,11 @@ def test_every_schedule_gives_the_gradients_of_torch_checkpointing(schedule, off
 
 def choose_storing(monkeypatch, offload):
     """Whatever room there is, every layer's products are stored."""
-    from fastft_plugins.checkpointing import planned as planned_module
+    from fastft_plugins.checkpointing import planning as planning_module
     from fastft_plugins.checkpointing.planner import Plan
 
     plan = lambda costs, *_, **__: Plan(0, len(costs.whole), offload)  # noqa: E731
-    monkeypatch.setattr(planned_module, "choose", plan)
+    monkeypatch.setattr(planning_module, "choose", plan)
 
 
 @pytest.mark.parametrize("fitting", range(DEPTH - 1))
