@@ -30,6 +30,7 @@ from fastft_plugins.checkpointing import product_modes as modes_module
 from fastft_plugins.checkpointing import products as products_module
 from fastft_plugins.checkpointing.product_modes import MIN_WIDTH
 from fastft_plugins.checkpointing.products import LayerProducts
+from fastft_plugins.kernels.download import Download
 
 DEPTH, WIDTH, ROWS = 4, MIN_WIDTH, 2048
 plain = functools.partial(checkpoint, use_reentrant=False)
@@ -66,6 +67,26 @@ def storing(request, monkeypatch):
     engine, lazy = lazy_engine(monkeypatch)
     request.addfinalizer(lambda: lazy.drain() or (lazy.corrupted and pytest.fail(str(lazy.corrupted))))
     return Copying(engine)
+
+
+class LateDownload(Download):
+    """Is there when it is asked for the third time."""
+
+    asked = 0
+
+    def get(self):
+        self.asked += 1
+        return super().get() if self.asked > 2 else None
+
+
+def test_until_the_host_has_learned_what_came_out_the_same_all_is_computed_again(monkeypatch, storing):
+    monkeypatch.setattr(products_module, "Download", LateDownload)
+    layer, x, products = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), make_input(0, 8, WIDTH), []
+    for _ in range(5):
+        with CountOperations() as counted:
+            storing(layer, x).sum().backward()
+        products.append(counted.calls[torch.ops.aten.addmm.default])
+    assert products == [2, 2, 2, 1, 1]
 
 
 class PatientHost(SimulatedDevice):
