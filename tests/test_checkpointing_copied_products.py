@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from test_checkpointing_products import DEPTH, ROWS, WIDTH, CountOperations, Lig
 from torch import nn
 
 from fastft_plugins.checkpointing import measurement as measurement_module
-from fastft_plugins.checkpointing import planned as planned_module
+from fastft_plugins.checkpointing import planning as planning_module
 from fastft_plugins.checkpointing import product_modes as modes_module
 from fastft_plugins.checkpointing import products as products_module
 from fastft_plugins.checkpointing.handle import Handle
@@ -61,9 +61,9 @@ def expected():
 def room_for(stored):
     """Memory for a step in which the inputs are offloaded and the products of so many layers are stored."""
     found = planned_on(PatientHost(budget=0))
-    wide_steps(found._gauge, found, 3)
-    _, room, _ = found._longest
-    return found.costs.need(Plan(DEPTH - stored, stored, offloads=True), ROWS) - room + 64  # a few flags
+    wide_steps(found.planning._gauge, found, 3)
+    _, room, _ = found.planning.longest
+    return found.planning.costs.need(Plan(DEPTH - stored, stored, offloads=True), ROWS) - room + 64  # a few flags
 
 
 @pytest.mark.parametrize("stored", range(2, DEPTH))
@@ -149,7 +149,7 @@ def copying(monkeypatch, engine, stored):
         return Plan(0, depth, True, copied) if stored or not copied else Plan(depth, 0, True, copied)
 
     monkeypatch.setattr(Handle, "offload_product", count)
-    monkeypatch.setattr(planned_module, "choose", plan)
+    monkeypatch.setattr(planning_module, "choose", plan)
     return planned_on(PatientHost(budget=float("inf")), engine), copied
 
 
@@ -195,19 +195,49 @@ def many_steps(checkpoint_fn):
     return found
 
 
-def test_copies_that_finalisers_wait_for_do_not_disturb_the_measured_speed():
-    transfer = object.__new__(CudaTransfer)
+class Event:
+    """Of a copy that took ``milliseconds`` and may have been done."""
 
-    class Finalising:
-        def query(self):
-            transfer._waits.append(transfer._waits[0])
-            return True
+    def __init__(self, milliseconds=2.0, is_done=True, when_asked=lambda: None):
+        self.milliseconds, self.is_done, self.when_asked = milliseconds, is_done, when_asked
 
-        def elapsed_time(self, _):
-            return 2.0
+    def query(self):
+        self.when_asked()
+        return self.is_done
 
-    transfer._waits = deque([(_Copy(10, Finalising(), Finalising()), None)] * 3)
+    def elapsed_time(self, end):
+        return end.milliseconds
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """A queue, and a wait in it for a copy of ten bytes."""
+    for name in ("Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: None)
+    transfer, stream = CudaTransfer(torch.device("cuda")), SimpleNamespace(record_event=id, wait_event=id)
+
+    def wait(**event):
+        transfer.wait(stream, _Copy(10, Event(), Event(**event)))
+
+    return transfer, wait
+
+
+def test_copies_that_finalisers_wait_for_do_not_disturb_the_measured_speed(waiting):
+    transfer, wait = waiting
+    for _ in range(3):
+        wait(when_asked=wait)
     assert transfer.speed() == 5.0
+
+
+def test_the_speed_is_found_anew_only_after_as_many_further_copies(waiting):
+    transfer, wait = waiting
+    asked = []
+    wait(is_done=False)
+    assert transfer.speed() is None
+    for milliseconds, expected in ((2.0, 5.0), (5.0, 20 / 7), (5.0, 20 / 7), (5.0, 40 / 17)):
+        wait(milliseconds=milliseconds, when_asked=lambda: asked.append(1))
+        assert transfer.speed() == pytest.approx(expected)
+    assert len(asked) == 1 + 2 + 4
 
 
 # The closed function

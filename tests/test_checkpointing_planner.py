@@ -98,6 +98,13 @@ def test_where_offloading_is_asked_for_it_keeps_no_fewer_layers(costs, tokens, r
     assert plan.offloads and rank(costs, plan) <= rank(costs, choose(costs, tokens, room))
 
 
+@given(costs(), TOKENS)
+def test_inputs_that_all_stay_need_what_they_need_without_offloading(costs, tokens):
+    costs = replace(costs, staying=frozenset(range(len(costs.whole))))
+    for plan in costs.plans(offloads=True):
+        assert costs.need(plan, tokens) == pytest.approx(costs.need(replace(plan, offloads=False), tokens))
+
+
 def test_it_offloads_only_to_keep_more():
     costs = Costs(
         tokens=10, whole=(50, 50, 50, 50), inputs=(20,) * 4, products=((),) * 4, fixed=(0,) * 4, rest=(0,) * 4, loss=100
@@ -129,7 +136,7 @@ def test_layers_are_kept_whole_only_once_all_products_are_stored():
 def planned_on(device, engine=None):
     """As after a first step."""
     planned = PlannedCheckpoint(device, engine or OffloadCheckpoint())
-    planned._is_warm = True
+    planned.planning._is_warm = True
     return planned
 
 
@@ -177,7 +184,7 @@ def test_what_a_plan_is_said_to_need_is_what_it_takes_and_hardly_more(kept, head
         return layer(x) if next(positions) >= DEPTH - kept else stock(layer, x)
 
     train(taken, by_hand, [ROWS], head=head)
-    need = ours.costs.need(Plan(DEPTH - kept), ROWS)
+    need = ours.planning.costs.need(Plan(DEPTH - kept), ROWS)
     assert taken.highest <= need <= 1.3 * taken.highest
 
 
@@ -213,7 +220,7 @@ def test_a_layer_without_room_is_run_again_checkpointed_and_plans_get_smaller(fi
     def without_room(layer, x, *args):
         out = forward(layer, x, *args)
         is_kept = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        if is_kept and device.allocated() > fitting * ours.costs.whole[-1] + sizes["checkpointed"] // 2:
+        if is_kept and device.allocated() > fitting * ours.planning.costs.whole[-1] + sizes["checkpointed"] // 2:
             raise torch.OutOfMemoryError("fragmented")
         return out
 
@@ -231,7 +238,7 @@ def test_the_first_step_is_not_measured():
     device, costs = SimulatedDevice(), []
     ours = PlannedCheckpoint(device, OffloadCheckpoint())
     assert_same_steps(
-        train(device, ours, [ROWS] * 3, lambda: costs.append(ours.costs)), train(SimulatedDevice(), stock)
+        train(device, ours, [ROWS] * 3, lambda: costs.append(ours.planning.costs)), train(SimulatedDevice(), stock)
     )
     assert costs[:2] == [None, None] and costs[2] is not None and ours.forwards == 1
 
@@ -249,7 +256,7 @@ def test_much_longer_rows_are_measured_and_others_planned():
     got = train(device, ours, rows, lambda: forwards.append(ours.forwards))
     assert_same_steps(got, train(SimulatedDevice(), stock, rows))
     assert forwards == [0, 1, 1, 2, 3, 4, 4, 5]
-    assert ours.costs.tokens == 161
+    assert ours.planning.costs.tokens == 161
 
 
 def test_copies_of_weights_that_autocast_makes_do_not_shrink_with_the_row():
@@ -260,8 +267,8 @@ def test_copies_of_weights_that_autocast_makes_do_not_shrink_with_the_row():
             with torch.autocast("cpu", torch.bfloat16):
                 out = model(make_input(0, 16, WIDTH), ours)
             out.sum().backward()
-    assert ours.costs.fixed == (copies, copies)
-    assert ours.costs.need(Plan(0), 1) > 2 * copies
+    assert ours.planning.costs.fixed == (copies, copies)
+    assert ours.planning.costs.need(Plan(0), 1) > 2 * copies
 
 
 @pytest.mark.parametrize(
@@ -277,9 +284,12 @@ def test_copies_of_weights_that_autocast_makes_do_not_shrink_with_the_row():
 )
 def test_the_room_on_a_gpu(budget, fraction, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(70e9), int(100e9)))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(10e9))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
-    figures = {"allocated_bytes": {"all": {"current": 6, "peak": 9}}, "num_alloc_retries": 3}
+    figures = {
+        "allocated_bytes": {"all": {"current": 6, "peak": 9}},
+        "reserved_bytes": {"all": {"current": int(10e9)}},
+        "num_alloc_retries": 3,
+    }
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: figures)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     gauge, emptied, usable = CudaGauge(torch.device("cuda"), budget), [], min(80e9, fraction * 100e9)
@@ -315,10 +325,10 @@ def test_a_dropped_graph_teaches_nothing():
     with device:
         for _ in range(2):
             model(make_input(0, ROWS, WIDTH), ours)
-        assert ours.costs is None and "no step has shown" in ours.explain()
+        assert ours.planning.costs is None and "no step has shown" in ours.explain()
         for _ in range(2):
             model(make_input(0, ROWS, WIDTH), ours).sum().backward()
-    assert ours.costs is not None and ours.forwards == 1
+    assert ours.planning.costs is not None and ours.forwards == 1
 
 
 def test_a_forward_that_another_one_overtakes_leaves_the_peak_alone():
@@ -377,8 +387,8 @@ def test_layers_below_the_first_trained_one_hold_nothing():
     with device:
         for _ in range(2):
             model(x, ours).sum().backward()
-    assert len(ours.costs.whole) == ours.calls["kept"] == DEPTH - 2
-    assert all(size > 2 * x.nbytes for size in ours.costs.whole)
+    assert len(ours.planning.costs.whole) == ours.calls["kept"] == DEPTH - 2
+    assert all(size > 2 * x.nbytes for size in ours.planning.costs.whole)
 
 
 def test_layers_with_rows_of_their_own_stay_checkpointed():

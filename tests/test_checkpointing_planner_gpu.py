@@ -13,6 +13,7 @@ from test_checkpointing_gpu import large_input, large_stack
 from fastft_plugins.checkpointing import OffloadCheckpoint
 from fastft_plugins.checkpointing.gauge import CudaGauge
 from fastft_plugins.checkpointing.planned import PlannedCheckpoint
+from fastft_plugins.checkpointing.random_state import RandomState
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +31,16 @@ def step(model, checkpoint_fn):
     x = large_input(ROWS)
     model(x, checkpoint_fn).square().sum().backward()
     return [grad.clone() for grad in gradients(model, x)]
+
+
+def test_random_numbers_come_again_without_a_wait():
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.rand(8, device=device)
+    with host_syncs_are_errors():
+        state = RandomState(device)
+    drawn = torch.rand(8), torch.rand(8, device=device)
+    state.restore()
+    assert torch.equal(torch.rand(8), drawn[0]) and torch.equal(torch.rand(8, device=device), drawn[1])
 
 
 def peak_of(model, checkpoint_fn):
@@ -78,10 +89,10 @@ def test_a_planned_step_neither_waits_nor_grows():
 
 def test_a_cap_of_the_process_is_the_budget():
     ours = planned("auto")
-    whole = ours._gauge.room()
+    whole = ours.planning._gauge.room()
     torch.cuda.set_per_process_memory_fraction(0.25)
     try:
         total = torch.cuda.get_device_properties(0).total_memory
-        assert ours._gauge.room() <= 0.25 * total < whole
+        assert ours.planning._gauge.room() <= 0.25 * total < whole
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

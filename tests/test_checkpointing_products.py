@@ -30,6 +30,7 @@ from fastft_plugins.checkpointing import product_modes as modes_module
 from fastft_plugins.checkpointing import products as products_module
 from fastft_plugins.checkpointing.product_modes import MIN_WIDTH
 from fastft_plugins.checkpointing.products import LayerProducts
+from fastft_plugins.kernels.download import Download
 
 DEPTH, WIDTH, ROWS = 4, MIN_WIDTH, 2048
 plain = functools.partial(checkpoint, use_reentrant=False)
@@ -66,6 +67,26 @@ def storing(request, monkeypatch):
     engine, lazy = lazy_engine(monkeypatch)
     request.addfinalizer(lambda: lazy.drain() or (lazy.corrupted and pytest.fail(str(lazy.corrupted))))
     return Copying(engine)
+
+
+class LateDownload(Download):
+    """Is there when it is asked for the third time."""
+
+    asked = 0
+
+    def get(self):
+        self.asked += 1
+        return super().get() if self.asked > 2 else None
+
+
+def test_until_the_host_has_learned_what_came_out_the_same_all_is_computed_again(monkeypatch, storing):
+    monkeypatch.setattr(products_module, "Download", LateDownload)
+    layer, x, products = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), make_input(0, 8, WIDTH), []
+    for _ in range(5):
+        with CountOperations() as counted:
+            storing(layer, x).sum().backward()
+        products.append(counted.calls[torch.ops.aten.addmm.default])
+    assert products == [2, 2, 2, 1, 1]
 
 
 class PatientHost(SimulatedDevice):
@@ -322,14 +343,14 @@ def test_no_products_are_stored_where_the_host_has_no_time(sizes):
     device.milliseconds = lambda begin, end: (end - begin) * 1e3  # the device waits for the host
     ours = planned_on(device)
     wide_steps(device, ours, 3)
-    assert ours.calls["kept"] and not ours.calls["stored"] and ours.costs.products == ((),) * DEPTH
+    assert ours.calls["kept"] and not ours.calls["stored"] and ours.planning.costs.products == ((),) * DEPTH
 
 
 def test_a_compiled_layer_stores_no_products(monkeypatch):
     ours = planned_on(PatientHost())
     monkeypatch.setattr(measurement_module, "is_compiled", lambda layer: isinstance(layer, Layer))
-    wide_steps(ours._gauge, ours, 2)
-    assert ours.costs.products == ((),) * DEPTH
+    wide_steps(ours.planning._gauge, ours, 2)
+    assert ours.planning.costs.products == ((),) * DEPTH
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -345,11 +366,11 @@ def test_every_schedule_gives_the_gradients_of_torch_checkpointing(schedule, off
 
 def choose_storing(monkeypatch, offload):
     """Whatever room there is, every layer's products are stored."""
-    from fastft_plugins.checkpointing import planned as planned_module
+    from fastft_plugins.checkpointing import planning as planning_module
     from fastft_plugins.checkpointing.planner import Plan
 
     plan = lambda costs, *_, **__: Plan(0, len(costs.whole), offload)  # noqa: E731
-    monkeypatch.setattr(planned_module, "choose", plan)
+    monkeypatch.setattr(planning_module, "choose", plan)
 
 
 @pytest.mark.parametrize("fitting", range(DEPTH - 1))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from checkpointing_helpers import Layer, Stack, assert_same, gradients, lazy_engine, make_input, stock
@@ -10,7 +13,9 @@ from test_checkpointing_planner import planned_on
 from torch import nn
 
 from fastft_plugins.checkpointing import OffloadCheckpoint
+from fastft_plugins.checkpointing.gradients import GradientsToCome
 from fastft_plugins.checkpointing.planned import PlannedCheckpoint
+from fastft_plugins.checkpointing.planner import Plan
 
 DEPTH, WIDTH, ROWS = 6, 64, 512
 MORE = [1.0, 1.2, 1.5, 2.0]  # memory, as a multiple of what stock takes
@@ -95,7 +100,7 @@ def test_layers_that_are_frozen_and_have_rows_of_their_own_are_no_part_of_the_pl
         for _ in range(3):
             seen = tower(make_input(1, 40, 16).detach(), ours)
             (model(projector(seen).sum(0) + make_input(0, ROWS, WIDTH), ours)).sum().backward()
-    assert len(ours.costs.whole) == DEPTH and ours.calls == {"kept": 2 * DEPTH}
+    assert len(ours.planning.costs.whole) == DEPTH and ours.calls == {"kept": 2 * DEPTH}
 
 
 @pytest.mark.parametrize("more", [1.07, 1.3, 2.0])
@@ -156,14 +161,45 @@ def test_no_plan_counts_on_host_memory_that_is_not_there(more, monkeypatch):
     assert not ours.calls["offloaded"] + ours.calls["retried"] and "host memory" not in ours.explain()
 
 
-def test_inputs_that_stay_after_all_are_not_planned_for_again(monkeypatch):
-    engine, _ = lazy_engine(monkeypatch)
-    monkeypatch.setattr(OffloadCheckpoint, "_why_not", lambda self, source: "a view of a larger tensor")
+def without_memory(engine):
+    """Four steps on a device that has room for nothing; the first one is measured."""
     ours, model = planned_on(SimulatedDevice(budget=1), engine), Stack(DEPTH, WIDTH)
     for _ in range(4):
-        with ours._gauge:
+        with ours.planning._gauge:
             model(make_input(0, ROWS, WIDTH), ours).sum().backward()
-    assert ours.calls == {"offloaded": DEPTH, "checkpointed": 2 * DEPTH}
+    return ours
+
+
+def test_after_host_memory_was_refused_none_is_planned_with_again(monkeypatch):
+    engine, _ = lazy_engine(monkeypatch, budget=0)
+    engine.holds = lambda sizes: True
+    ours = without_memory(engine)
+    assert ours.calls == {"offloaded": DEPTH, "checkpointed": 2 * DEPTH} and engine.refused == DEPTH
+
+
+def test_an_input_that_stays_after_all_counts_as_memory_and_the_others_go_on(monkeypatch):
+    engine, _ = lazy_engine(monkeypatch)
+    calls, why_not = itertools.count(), engine._why_not
+    engine._why_not = lambda source: "a view" if next(calls) % DEPTH == 2 else why_not(source)
+    ours = without_memory(engine)
+    assert ours.calls == {"offloaded": 3 * DEPTH} and engine.offloaded == 3 * (DEPTH - 1) and not engine.refused
+    costs, plan = ours.planning.costs, Plan(DEPTH, offloads=True)
+    assert costs.staying == {2}
+    assert costs.need(plan, ROWS) > replace(costs, staying=frozenset()).need(plan, ROWS)
+
+
+def test_gradients_to_come_follow_what_is_trained():
+    layer = nn.Linear(4, 3)
+    gradients_of_layer = GradientsToCome(layer)
+    assert gradients_of_layer.nbytes() == 0 and gradients_of_layer.look_again() == 4 * 15
+    layer.weight.requires_grad_(False)
+    assert gradients_of_layer.nbytes() == 4 * 3
+    layer.requires_grad_(True)(torch.ones(4)).sum().backward()
+    assert gradients_of_layer.nbytes() == 0
+    layer.weight = nn.Parameter(torch.ones(3, 4))
+    assert gradients_of_layer.nbytes() == 0 and gradients_of_layer.look_again() == 4 * 12
+    del layer
+    assert gradients_of_layer.nbytes() == gradients_of_layer.look_again() == GradientsToCome(None).look_again() == 0
 
 
 def test_a_function_that_is_compiled_inside_a_layer_stays_compiled():

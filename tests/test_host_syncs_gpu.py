@@ -14,11 +14,24 @@ from test_gpu import padded_batch, small_model
 from transformers import TrainerCallback
 
 from fastft_plugins import FastFTCallback
+from fastft_plugins.kernels.download import Download
 from fastft_plugins.kernels.transfer import _upload_queue
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, PaddingFreeCollator
 
 pytestmark = pytest.mark.gpu
 TENSORS = ("cu_seqlens", "position_ids", "seq_idx")
+
+
+def test_a_download_is_there_once_the_device_has_come_to_it():
+    numbers = torch.arange(4, device="cuda")
+    with host_syncs_are_errors():
+        torch.cuda._sleep(100_000_000)
+        numbers += 1
+        download = Download(numbers)
+        numbers += 1
+        assert download.get() is None
+    torch.cuda.synchronize()
+    assert download.get() == [1, 2, 3, 4]
 
 
 def packed(seed=0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,11 @@ def layer_of(function: Callable[..., Any]) -> nn.Module | None:
 
 
 def trains(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of the layer has a backward."""
+    """Whether a call of the layer has a backward. The input tells nearly always; to walk through a layer is slow."""
+    if any(isinstance(each, Tensor) and each.requires_grad for each in args):
+        return True
     given = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    return any(each.requires_grad for each in (*given, *layer.parameters()))
+    return any(each.requires_grad for each in itertools.chain(given, layer.parameters()))
 
 
 def checkpoint_layer(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

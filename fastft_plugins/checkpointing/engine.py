@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class OffloadCheckpoint:
         self.min_bytes = min_bytes
         self.budget = budget
         self.kept: Counter[str] = Counter()  # calls whose input stayed on the device, by reason
+        self.refused = 0  # of these, those that there was no room for in the budget
         self.offloaded = 0
         self._lanes: dict[torch.device, Lane] = {}
 
@@ -70,8 +71,13 @@ class OffloadCheckpoint:
     def holds(self, sizes: Sequence[float]) -> bool:
         """Whether tensors of so many bytes are to be offloaded and have room in the budget, all at once."""
         budgets = [lane.pool.budget for lane in self._lanes.values()]
-        budget = min(budgets) if budgets else self._new_budget()
+        budget = min(budgets) if budgets else self._expected_budget
         return min(sizes) >= self.min_bytes and sum(rounded(int(size)) for size in sizes) <= budget
+
+    @cached_property
+    def _expected_budget(self) -> int:
+        # Read once, as that takes a millisecond. The budget proper is read when the first input is offloaded.
+        return self._new_budget()
 
     def speed(self) -> float | None:
         """Bytes that lately were copied in a millisecond; None if that is not known."""
@@ -108,7 +114,9 @@ class OffloadCheckpoint:
         handle = None
         if reason is None:
             handle = self._lane(source.device).offload(source)
-            reason = "no room in the budget of host memory" if handle is None else None
+            if handle is None:
+                self.refused += 1
+                reason = "no room in the budget of host memory"
         if reason is None:
             self.offloaded += 1
         else:

@@ -53,21 +53,21 @@ class CudaGauge:
         self._is_settled = False
 
     def room(self) -> int:
+        if self._retries is None:  # memory that steps without a plan have left in pieces would count
+            torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         allowed = torch.cuda.get_per_process_memory_fraction(self.device) * total
-        usable = min(free + torch.cuda.memory_reserved(self.device), allowed)
-        self._adjust_margin()
+        stats = self._stats()
+        usable = min(free + stats["reserved_bytes"]["all"]["current"], allowed)
+        self._adjust_margin(stats["num_alloc_retries"])
         if isinstance(self.budget, str):
             budget = (1 - HEAD_ROOM - self._margin) * usable
         else:
             asked = self.budget * total if isinstance(self.budget, float) else self.budget
             budget = min((1 - self._margin) * usable, asked)
-        return int(budget) - self.allocated()
+        return int(budget) - int(stats["allocated_bytes"]["all"]["current"])
 
-    def _adjust_margin(self) -> None:
-        if self._retries is None:  # memory that steps without a plan have left in pieces would count
-            torch.cuda.empty_cache()
-        retries = int(torch.cuda.memory_stats_as_nested_dict(self.device)["num_alloc_retries"])
+    def _adjust_margin(self, retries: int) -> None:
         has_failed = self._retries is not None and retries > self._retries
         if has_failed:
             self._margin, self._is_settled = min(_MOST, self._margin + _STEP), True
@@ -85,8 +85,12 @@ class CudaGauge:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def _allocated_bytes(self, which: str) -> int:
-        # As `torch.cuda.memory_allocated`, without making a flat dictionary of a hundred other figures first.
-        return int(torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"][which])
+        return int(self._stats()["allocated_bytes"]["all"][which])
+
+    def _stats(self) -> dict[str, Any]:
+        # As `torch.cuda.memory_stats`, without making a flat dictionary of a hundred other figures first.
+        stats: dict[str, Any] = torch.cuda.memory_stats_as_nested_dict(self.device)
+        return stats
 
     def mark(self) -> torch.cuda.Event:
         event: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event(

@@ -6,6 +6,7 @@ its recompute in the backward leaves allocated, and its products are those that 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -132,13 +133,14 @@ class Measurement:
             products = [()] * len(products)
         return Costs(self.tokens, whole, inputs, tuple(products), fixed, tuple(rest), loss)
 
+    @functools.cached_property
     def layer_milliseconds(self) -> float:
-        """Time of a layer's forward, the median of all; waits for the device."""
+        """Time of a layer's forward, the median of all; once its forward is over. Waits for the device, once."""
         return statistics.median(self._gauge.milliseconds(*marks) for marks in self._marks)
 
     def _host_has_time(self) -> bool:
         # Where the device is behind, a launch waits for it: the shortest one is the host's own time.
-        return self.layer_milliseconds() > _SPARE * min(self._launch_ms)
+        return self.layer_milliseconds > _SPARE * min(self._launch_ms)
 
     def _enter_backward(self, position: int) -> None:
         """The backward reaches a layer: the peak so far is that of the layer after it, or of the loss."""

@@ -13,6 +13,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fastft_plugins.checkpointing.moments import moments_of
+
 # Of what a layer's recompute takes, the part that its stored products save (the same model: 7.5 of 14.4 ms).
 _PRODUCTS_SHARE = 0.5
 
@@ -51,7 +53,8 @@ class Costs:
     ``inputs``: of each layer, its input alone. ``products``: of each layer, its products' outputs, one by one; none
     where they are not to be stored. ``fixed``: the part of ``whole`` that does not depend on the row.
     What else is there at the worst moment, the gradients so far included: ``loss``: between the last layer's forward
-    and its backward; ``rest``: in each layer's backward.
+    and its backward; ``rest``: in each layer's backward. ``staying``: the positions of layers whose inputs stay on the
+    device where a plan offloads them.
     """
 
     tokens: int
@@ -61,6 +64,16 @@ class Costs:
     fixed: tuple[int, ...]
     rest: tuple[int, ...]
     loss: int
+    staying: frozenset[int] = frozenset()
+
+    @functools.cached_property
+    def _moments(self) -> dict[Plan, list[tuple[float, float]]]:
+        """Of each plan asked for so far; the same ones are asked for in every forward."""
+        return {}
+
+    @functools.cached_property
+    def _plans(self) -> dict[tuple[bool, tuple[frozenset[int], ...]], list[Plan]]:
+        return {}
 
     @functools.cached_property
     def stored(self) -> tuple[int, ...]:
@@ -68,36 +81,13 @@ class Costs:
         return tuple(map(sum, self.products))
 
     def need(self, plan: Plan, tokens: int) -> float:
-        """Bytes that a step on a row of ``tokens`` tokens takes at its worst moment, beside what was there before.
-
-        In longer rows all of it grows in proportion. In shorter ones the fixed parts stay, and the rest is taken to
-        stay, as the gradients in it do.
-        """
-        growth, slowest = tokens / self.tokens, max(1.0, tokens / self.tokens)
-        copied = self.bytes_of(plan.copied)
-        worst = held = 0.0
-        inputs = products = moving = whole = 0.0  # held by the layers so far
-        layers = zip(self.whole, self.inputs, self.stored, self.fixed, self.rest, copied, strict=True)
-        for position, (whole_then, input_then, products_then, fixed, rest, copied_then) in enumerate(layers):
-            size = growth * (whole_then - fixed) + slowest * fixed
-            recomputed = 0.0
-            if position >= plan.run_again:
-                whole += size
-            else:
-                inputs += growth * input_then
-                if plan.offloads:
-                    # What the layer that runs has offloaded, and the one fetched ahead. Products leave a layer later.
-                    most = 3 if plan.copied else 2
-                    inputs = min(inputs, most * growth * max(self.inputs[: position + 1]))
-                    moving = min(moving + growth * copied_then, 2 * growth * max(copied[: position + 1]))
-                recomputed = size - growth * input_then
-                if plan.stores(position):
-                    # These need not be among what a whole layer holds.
-                    products += growth * (products_then - copied_then)
-            held = inputs + products + moving + whole
-            # In this layer's backward, those after it hold nothing any more.
-            worst = max(worst, held + recomputed + slowest * rest)
-        return max(worst, held + slowest * self.loss)
+        """Bytes that a step on a row of ``tokens`` tokens takes at its worst moment, beside what was there before."""
+        moments = self._moments.get(plan)
+        if moments is None:
+            moments = self._moments[plan] = moments_of(self, plan)
+        growth = tokens / self.tokens
+        slowest = max(1.0, growth)
+        return max(growth * growing + slowest * staying for growing, staying in moments)
 
     def again(self, plan: Plan) -> float:
         """How much runs again in the backward, in layers."""
@@ -124,11 +114,15 @@ class Costs:
 
     def plans(self, *, offloads: bool, copied: tuple[frozenset[int], ...] = ()) -> list[Plan]:
         """What to do in more and more memory, read backwards: each plan needs no more than the one before it."""
-        depth = len(self.whole)
-        if not any(self.products):
-            return [Plan(count, offloads=offloads) for count in range(depth + 1)]
-        storing = [Plan(0, count, offloads, copied) for count in range(depth + 1)]
-        return storing + [Plan(count, depth - count, offloads, copied) for count in range(1, depth + 1)]
+        if (offloads, copied) not in self._plans:
+            depth = len(self.whole)
+            if any(self.products):
+                plans = [Plan(0, count, offloads, copied) for count in range(depth + 1)]
+                plans += [Plan(count, depth - count, offloads, copied) for count in range(1, depth + 1)]
+            else:
+                plans = [Plan(count, offloads=offloads) for count in range(depth + 1)]
+            self._plans[offloads, copied] = plans
+        return self._plans[offloads, copied]
 
 
 def with_others_stored(costs: Costs, plan: Plan, positions: Sequence[int], tokens: int, room: float) -> Plan:
@@ -161,6 +155,6 @@ def choose(
     for offloads, chosen in ways:
         plans = costs.plans(offloads=offloads, copied=chosen)
         first = bisect_left(plans, True, key=lambda plan: costs.need(plan, tokens) <= room)
-        if first < len(plans) and costs.again(plans[first]) <= fewest:
-            best, fewest = plans[first], costs.again(plans[first])
+        if first < len(plans) and (again := costs.again(plans[first])) <= fewest:
+            best, fewest = plans[first], again
     return best

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from fastft_plugins.checkpointing.offloaded import Offloaded, alias, is_held
 from fastft_plugins.checkpointing.product_modes import LookingUp, Storing, is_there
+from fastft_plugins.kernels.download import Download
 
 if TYPE_CHECKING:
     from fastft_plugins.checkpointing.handle import Handle
@@ -35,13 +36,18 @@ class LayerProducts:
 
     def __init__(self) -> None:
         self._total: int | None = None  # of a forward; None before the first recompute has ended
-        self._found: tuple[list[int], Tensor | None] = [], None  # in the first recompute, not waited for
+        self._found: tuple[list[int], Download | None] = [], None  # in the first recompute, not waited for
         self._trusted: set[int] | None = None
 
     @property
     def is_known(self) -> bool:
-        """Whether its first recompute has ended."""
-        return self._total is not None
+        """Whether its first recompute has ended, and the host has learned what came out the same in it."""
+        if self._trusted is None and self._total is not None:
+            indices, download = self._found
+            same = [] if download is None else download.get()
+            if same is not None:
+                self._trusted = {index for index, is_same in zip(indices, same, strict=True) if is_same}
+        return self._trusted is not None
 
     def contexts(
         self, handle: Handle | None = None, *, offloaded: frozenset[int] = frozenset(), stores_others: bool = True
@@ -53,19 +59,17 @@ class LayerProducts:
             offloaded: the products, by their number in the forward, that are stored in host memory.
             stores_others: whether all others are stored on the device.
         """
-        if self._trusted is None and self._total is not None:
-            indices, is_same = self._found
-            same = [] if is_same is None else is_same.tolist()  # waits for the device, once in a layer's life
-            self._trusted = {index for index, known in zip(indices, same, strict=True) if known}
-        call = Call(self, self._trusted, handle, offloaded if handle is not None else frozenset(), stores_others)
+        trusted = self._trusted if self.is_known else None
+        call = Call(self, trusted, handle, offloaded if handle is not None else frozenset(), stores_others)
         return Storing(call), LookingUp(call)
 
     def learn(self, total: int, is_same: dict[int, Tensor]) -> None:
         """A first recompute has ended."""
         if self._total is None:
-            self._total = total
             flags = [*is_same.values()]  # a layer may have products on several devices
-            self._found = list(is_same), torch.stack([flag.to(flags[0].device) for flag in flags]) if flags else None
+            if flags:
+                self._found = list(is_same), Download(torch.stack([flag.to(flags[0].device) for flag in flags]))
+            self._total = total  # last, as a forward in another thread may ask
 
     def has(self, total: int) -> bool:
         """Whether a forward with so many products is like the one that was learned from."""

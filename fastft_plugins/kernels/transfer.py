@@ -68,6 +68,8 @@ class CudaTransfer:
         self.device = device
         self._queue = torch.cuda.Stream(device)
         self._waits: deque[tuple[_Copy, torch.cuda.Event]] = deque(maxlen=_MEASURED)
+        self._waited = 0  # waits so far
+        self._speed: tuple[float, int] | None = None  # as it was found last, and with which wait it is to be found anew
         self._pageable_bytes = 0
 
     def compute_stream(self) -> torch.cuda.Stream:
@@ -88,6 +90,7 @@ class CudaTransfer:
         reached = stream.record_event(_timed())
         stream.wait_event(copy.end)
         self._waits.append((copy, reached))
+        self._waited += 1
 
     def keep_for(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         tensor.record_stream(stream)  # does nothing if the memory was allocated on this stream, as it is nearly always
@@ -107,10 +110,14 @@ class CudaTransfer:
         return host
 
     def speed(self) -> float | None:
-        recent = list(self._waits)[-_RECENT:]  # at once, as finalisers and other threads add to them
-        done = [copy for copy, _ in recent if copy.end.query()]
-        milliseconds = sum(copy.milliseconds() for copy in done)
-        return sum(copy.nbytes for copy in done) / milliseconds if milliseconds else None
+        # To ask for so many events takes a millisecond: it is done again only after as many further copies.
+        if self._speed is None or self._waited >= self._speed[1]:
+            recent = list(self._waits)[-_RECENT:]  # at once, as finalisers and other threads add to them
+            done = [copy for copy, _ in recent if copy.end.query()]
+            milliseconds = sum(copy.milliseconds() for copy in done)
+            if milliseconds:
+                self._speed = sum(copy.nbytes for copy in done) / milliseconds, self._waited + len(done)
+        return None if self._speed is None else self._speed[0]
 
     def metrics(self) -> dict[str, float]:
         """``hidden_share``: of the time of the copies, the part in which the computation did not wait for them."""
