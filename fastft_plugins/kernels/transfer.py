@@ -136,7 +136,7 @@ def _hidden_share(waits: Sequence[tuple[_Copy, torch.cuda.Event]], copying: floa
     """The share of ``copying`` milliseconds in which no stream waited, of copies and waits that are done."""
     if not copying:
         return None
-    waiting = sum(max(0.0, reached.elapsed_time(copy.end)) for copy, reached in waits)
+    waiting: float = sum(max(0.0, reached.elapsed_time(copy.end)) for copy, reached in waits)
     return max(0.0, 1 - waiting / copying)
 
 
