@@ -18,6 +18,7 @@ from benchmarks.recorder import Recorder
 from benchmarks.settings import Settings
 from benchmarks.sft_names import SftStack
 from benchmarks.shapes import LORA, build_model
+from benchmarks.stacks import OFF
 from benchmarks.tokenizer import make_tokenizer
 
 ROWS = 2  # packed rows of a batch, which share its tokens
@@ -26,6 +27,7 @@ _FASTFT = {
     # "on", so that a run that cannot do what its name says fails instead of measuring something else.
     "fastft": {"packing": "on", "checkpointing": "off"},
     "fastft-planned": {"packing": "on", "checkpointing": "on"},
+    "fastft-off": OFF,
 }
 
 

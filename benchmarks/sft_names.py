@@ -10,12 +10,13 @@ trl-ATTENTION[-liger][-nocheckpoint | -every-N]: SFTTrainer, packing with bfd in
     sdpa, flex       stock, with sdpa, as a plain install has it, or flex_attention
     fastft           the same trainer with SFTConfig(fastft=True), sdpa; checkpointing="off", so it stays torch's own
     fastft-planned   and checkpointing="on": fastft decides which layers to keep
+    fastft-off       and every feature "off": what it costs to have us there, against sdpa
     -liger           use_liger_kernel=True, in stock stacks and ours alike
     -nocheckpoint    activation checkpointing off;  -every-N: every N-th layer only (every_n_layers)
 trl-unsloth[-nocheckpoint]: the same with Unsloth's FastLanguageModel, its own checkpointing or none"""
 
 _NAME = re.compile(
-    r"trl-(?P<kind>sdpa|flex|fastft|fastft-planned|unsloth)(?P<liger>-liger)?"
+    r"trl-(?P<kind>sdpa|flex|fastft|fastft-planned|fastft-off|unsloth)(?P<liger>-liger)?"
     r"(?:-(?P<off>nocheckpoint)|-every-(?P<every>[1-9]\d*))?"
 )
 

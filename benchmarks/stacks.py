@@ -21,6 +21,7 @@ Stack = Callable[[Settings], dict[str, Any]]
 STACKS: dict[str, Stack] = {}
 # The Trainer's stacks compare packing and experts at equal checkpointing; plans of it have stacks of TRL's.
 _EQUAL = {"checkpointing": "off"}
+OFF = {"packing": "off", "checkpointing": "off", "moe": "off"}
 
 
 def stack(name: str) -> Callable[[Stack], Stack]:
@@ -99,6 +100,14 @@ def _fastft_packed(settings: Settings) -> dict[str, Any]:
     return measure_trainer(settings, DataCollatorWithFlattening(), [FastFTCallback(_EQUAL)])
 
 
+@stack("fastft-off")
+def _fastft_off(settings: Settings) -> dict[str, Any]:
+    """stock-packed with FastFTCallback and every feature "off": what it costs to have us there"""
+    from fastft_plugins import FastFTCallback
+
+    return measure_trainer(settings, DataCollatorWithFlattening(), [FastFTCallback(OFF)])
+
+
 @stack("packed-stock-experts")
 def _packed_stock_experts(settings: Settings) -> dict[str, Any]:
     """fastft-packed with {"moe": "off"} as well: what the experts of fastft-packed are held to"""
@@ -145,6 +154,15 @@ def _lightning_fastft_padded(settings: Settings) -> dict[str, Any]:
     from fastft_plugins import FastFTPlugin
 
     return measure_lightning(settings, padding_collator(), FastFTPlugin(_EQUAL))
+
+
+@stack("lightning-fastft-off")
+def _lightning_fastft_off(settings: Settings) -> dict[str, Any]:
+    """the same lightning.Trainer with FastFTPlugin and every feature "off": what it costs to have us there"""
+    from benchmarks.lightning_fit import measure_lightning
+    from fastft_plugins import FastFTPlugin
+
+    return measure_lightning(settings, padding_collator(), FastFTPlugin(OFF))
 
 
 @functools.cache  # in one process, the stacks take turns on one model

@@ -74,6 +74,9 @@ class LazyTransfer:
     def speed(self) -> float | None:
         return self.bytes_a_millisecond if self.copies else None
 
+    def hidden_share(self) -> float | None:
+        return 1.0 if self.copies else None
+
     def metrics(self) -> dict[str, float]:
         return {"hidden_share": 1.0}
 

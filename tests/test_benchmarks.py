@@ -81,6 +81,14 @@ def test_both_stacks_train_on_the_same_documents_with_the_same_losses(result: di
     assert fastft["report"]["features"]["packing"]["enabled"], fastft["report"]
 
 
+def test_smoke_run_with_every_feature_off(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    result = benchmark("--stacks", "stock-packed,fastft-off", "--repeats", "1", "--out", str(out))
+    stock, off = result["runs"]
+    assert off["loss"] == stock["loss"]
+    assert not any(feature["enabled"] for feature in off["report"]["features"].values())
+
+
 def test_smoke_run_of_the_forward_and_backward_stacks(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     result = benchmark("--stacks", "varlen-rebuilt,fastft-model", "--repeats", "1", "--out", str(out))
@@ -90,12 +98,13 @@ def test_smoke_run_of_the_forward_and_backward_stacks(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL")
 def test_smoke_run_of_the_sft_stacks(tmp_path: Path) -> None:
-    stacks = "trl-sdpa,trl-fastft,trl-sdpa-every-2"
+    stacks = "trl-sdpa,trl-fastft,trl-fastft-off,trl-sdpa-every-2"
     options = ("--checkpointing", "on", "--repeats", "1", "--out", str(tmp_path / "result.json"))
-    stock, fastft, every = benchmark("--stacks", stacks, *options)["runs"]
+    stock, fastft, off, every = benchmark("--stacks", stacks, *options)["runs"]
     assert len(stock["packed"]["tokens_per_step"]) == Settings(**SMOKE).total_steps
     assert max(stock["packed"]["tokens_per_step"]) > 0.9 * SMOKE["tokens"]
-    assert stock["packed"] == fastft["packed"] == every["packed"]
+    assert stock["packed"] == fastft["packed"] == off["packed"] == every["packed"]
+    assert off["loss"] == stock["loss"]
     assert fastft["loss"] == pytest.approx(stock["loss"], rel=1e-5)
     assert every["loss"] == pytest.approx(stock["loss"], rel=1e-5)
     features = fastft["report"]["features"]
@@ -110,7 +119,9 @@ def test_smoke_run_of_the_sft_stacks(tmp_path: Path) -> None:
 )
 def test_smoke_run_of_the_lightning_stacks(tmp_path: Path) -> None:
     options = ("--accumulate", "2", "--shared-caches", "--repeats", "1", "--out", str(tmp_path / "result.json"))
-    stock, fastft = benchmark("--stacks", "lightning-padded,lightning-fastft-padded", *options)["runs"]
+    stacks = "lightning-padded,lightning-fastft-padded,lightning-fastft-off"
+    stock, fastft, off = benchmark("--stacks", stacks, *options)["runs"]
+    assert off["loss"] == stock["loss"]
     assert len(stock["loss"]) == Settings(**SMOKE).total_steps
     assert fastft["loss"] == pytest.approx(stock["loss"], rel=1e-5)
     assert fastft["report"]["features"]["packing"]["enabled"], fastft["report"]
@@ -124,6 +135,7 @@ def test_smoke_run_of_the_lightning_stacks(tmp_path: Path) -> None:
         ("trl-flex-liger-every-3", SftStack("flex", liger=True, every_n_layers=3)),
         ("trl-fastft-nocheckpoint", SftStack("fastft", checkpointing=False)),
         ("trl-fastft-planned-liger", SftStack("fastft-planned", liger=True)),
+        ("trl-fastft-off-every-2", SftStack("fastft-off", every_n_layers=2)),
         ("trl-unsloth-nocheckpoint", SftStack("unsloth", checkpointing=False)),
     ],
 )

@@ -101,6 +101,78 @@ for error, callbacks, expected in (
 """
 
 
+ALONE = """
+import os
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning_helpers import OwnLossBesideTheModels, loader, make_trainer
+from torch.distributed.fsdp import fully_shard
+from torch.testing import assert_close
+
+from fastft_lightning import again
+from fastft_plugins import FastFTError, FastFTPlugin
+
+torch.set_num_threads(1)
+again._PATIENCE = timedelta(seconds=3)
+
+
+class Sometimes(OwnLossBesideTheModels):
+    \"\"\"From its second step on, whoever is one of ``ranks`` makes a loss of more than the model's.\"\"\"
+
+    def __init__(self, ranks):
+        super().__init__()
+        self.ranks = ranks
+
+    def loss(self, batch):
+        is_own = self.global_rank in self.ranks and self.global_step
+        return super().loss(batch) if is_own else self.model(**batch).loss
+
+
+class Sharded(Sometimes):
+    def configure_model(self):
+        for part in (*self.model.model.layers, self.model):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+KINDS = {
+    "ddp": (Sometimes, lambda: DDPStrategy(process_group_backend="gloo")),
+    "unused": (Sometimes, lambda: DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)),
+    "fsdp2": (Sharded, lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)),
+}
+make_module, make_strategy = KINDS["KIND"]
+
+
+def train(ranks, plugins):
+    module = make_module(ranks)
+    options = {"strategy": make_strategy(), "devices": 2, "gradient_clip_val": None, "plugins": plugins}
+    make_trainer(sys.argv[1], **options).fit(module, loader())
+    assert "training_step" not in vars(module)
+    weights = [getattr(each, "full_tensor", lambda: each)().detach() for each in module.parameters()]
+    return module.losses, weights
+
+
+rank = int(os.environ["RANK"])
+for ranks in ([0, 1], [1]):
+    plugin = FastFTPlugin()
+    if "KIND" == "fsdp2" and ranks == [1]:
+        with pytest.raises(FastFTError if rank == 1 else RuntimeError) as raised:
+            train(ranks, [plugin])
+        assert rank == 0 or "in some processes only" in str(raised.value)
+        os._exit(0)
+    losses, weights = train(ranks, [])
+    ours, our_weights = train(ranks, [plugin])
+    is_own = rank in ranks
+    assert plugin.report.features["packing"].enabled != is_own
+    assert len(ours) == len(losses) + is_own == 3 + is_own  # one step was run again
+    assert_close(ours[:1] + ours[1 + is_own :], losses, rtol=2e-6, atol=2e-6)
+    assert_close(our_weights, weights, rtol=2e-6, atol=2e-6)
+"""
+
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -108,6 +180,13 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 def test_two_processes(tmp_path: Path, kind: str) -> None:
     declare_entry_points(tmp_path)
     run_in_two_processes(tmp_path, SCRIPT.replace("KIND", kind))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "unused", "fsdp2"])
+def test_a_process_that_runs_a_step_again_alone(tmp_path: Path, kind: str) -> None:
+    """The other one is not kept waiting; where it would be, with a sharded model, there is an error."""
+    declare_entry_points(tmp_path)
+    run_in_two_processes(tmp_path, ALONE.replace("KIND", kind))
 
 
 @pytest.mark.parametrize("plugins", [None, "ours"], ids=["stock", "ours"])

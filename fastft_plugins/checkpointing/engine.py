@@ -84,6 +84,11 @@ class OffloadCheckpoint:
         speeds = [speed for lane in self._lanes.values() if (speed := lane.transfer.speed()) is not None]
         return min(speeds, default=None)
 
+    def hidden_share(self) -> float | None:
+        """Of the time of the last copies, the part in which the computation did not wait; None if that is not known."""
+        shares = [share for lane in self._lanes.values() if (share := lane.transfer.hidden_share()) is not None]
+        return min(shares, default=None)
+
     def close(self) -> None:
         """Free the host memory, that of graphs that are still alive when they die."""
         for lane in self._lanes.values():

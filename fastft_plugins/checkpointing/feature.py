@@ -52,6 +52,12 @@ class CheckpointingFeature:
         run.ledger.record("the host memory of checkpoints", self._checkpoint.close)
         return _REASON
 
+    def measure(self, run: Run) -> dict[str, float]:
+        """See `fastft_plugins.run.Feature`."""
+        assert self._checkpoint is not None  # a feature that has not started is not asked
+        share = self._checkpoint.engine.hidden_share()
+        return {} if share is None else {"overlap": share}
+
     def stop(self, run: Run) -> None:
         """See `fastft_plugins.run.Feature`."""
         entry, planned = run.report.features[self.name], self._checkpoint

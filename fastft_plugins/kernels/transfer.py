@@ -47,6 +47,9 @@ class Transfer(Protocol):
     def speed(self) -> float | None:
         """Bytes that lately were copied in a millisecond, without waiting; None if no copy is known to be done."""
 
+    def hidden_share(self) -> float | None:
+        """Of the time of the last copies, the part in which the computation did not wait; see `speed`."""
+
     def metrics(self) -> dict[str, float]:
         """Figures of the copies so far, for a report."""
 
@@ -119,16 +122,29 @@ class CudaTransfer:
                 self._speed = sum(copy.nbytes for copy in done) / milliseconds, self._waited + len(done)
         return None if self._speed is None else self._speed[0]
 
+    def hidden_share(self) -> float | None:
+        recent = list(self._waits)[-_RECENT:]
+        done = [(copy, reached) for copy, reached in recent if copy.end.query() and reached.query()]
+        return _hidden_share(done, sum(copy.milliseconds() for copy, _ in done))
+
     def metrics(self) -> dict[str, float]:
         """``hidden_share``: of the time of the copies, the part in which the computation did not wait for them."""
         torch.cuda.synchronize(self.device)
         waits = list(self._waits)
         copying = sum(copy.milliseconds() for copy, _ in waits)
-        waiting = sum(max(0.0, reached.elapsed_time(copy.end)) for copy, reached in waits)
         figures = {"pageable_bytes": float(self._pageable_bytes)} if self._pageable_bytes else {}
-        if copying:
-            figures |= {"copy_ms": copying / len(waits), "hidden_share": max(0.0, 1 - waiting / copying)}
+        share = _hidden_share(waits, copying)
+        if share is not None:
+            figures |= {"copy_ms": copying / len(waits), "hidden_share": share}
         return figures
+
+
+def _hidden_share(waits: Sequence[tuple[_Copy, torch.cuda.Event]], copying: float) -> float | None:
+    """The share of ``copying`` milliseconds in which no stream waited, of copies and waits that are done."""
+    if not copying:
+        return None
+    waiting: float = sum(max(0.0, reached.elapsed_time(copy.end)) for copy, reached in waits)
+    return max(0.0, 1 - waiting / copying)
 
 
 class _Pages(mmap.mmap):

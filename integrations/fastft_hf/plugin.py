@@ -69,9 +69,10 @@ def fastft_inject_router(run: Run, experts_fn: Callable[..., Any]) -> str | None
 def fastft_inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
     if "transformers" not in sys.modules:
         return None
-    from fastft_hf import checkpointing
+    from fastft_hf import checkpointing, metrics
 
     _check_that_the_model_stays(run)
+    metrics.add_to_log(run)
     return checkpointing.inject_reloader(run, checkpoint_fn)
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastft_lightning import again
 from fastft_lightning.batches import MODEL_INPUTS, Twin, at, make_twin, place_of, take_twins
 from fastft_lightning.padded import PaddedLogits
 from fastft_lightning.traps import is_checkpointing
@@ -67,10 +69,13 @@ class Step:
         return moved
 
     def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run the user's step; run it again on the padded batch if its loss is not the model's own."""
+        """Run the user's step by ``original``, the strategy's; again on the padded batch if its loss is another."""
+        return again.watched(self.run.model, self._watch, partial(original, *args, **kwargs))
+
+    def _watch(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._inside, self._was_packed, self._refusal = True, False, None
         try:
-            output = original(*args, **kwargs)
+            output = own(*args, **kwargs)
         finally:
             self._inside, losses = False, self._losses
             self._losses = set()  # the twins stay: an optimizer may ask for the same step several times
@@ -81,7 +86,8 @@ class Step:
         if not self._was_packed or not isinstance(loss, Tensor) or _depends_only_on(loss, losses):
             return output
         self._switch_off("training_step returns a loss that is not the model's alone, but made from more")
-        return original(*args, **kwargs)
+        again.agree(self.run.target.trainer)
+        return own(*args, **kwargs)
 
     def give_row(self, causal_lm: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the model: replace the batch's tensors by the packed row."""
