@@ -36,7 +36,9 @@ def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 def test_the_decision_is_a_runs_own(overrides: dict[str, Any], plugin_manager: PluginManager) -> None:
     if "rope_parameters" in overrides:
         overrides["rope_parameters"] |= {"factor": 2.0, "rope_theta": 10000.0}
-    model = tiny_model(**overrides)
+    # As the doctor takes it: on the machine's GPU if there is one, with checkpointing switched on.
+    model = tiny_model(**overrides).to("cuda" if torch.cuda.is_available() else "cpu")
+    model.gradient_checkpointing_enable()
     found = examine("tiny", model.config)
     with apply(model) as run:
         decided = {name: (entry.enabled, entry.reason) for name, entry in run.report.features.items()}
