@@ -7,17 +7,13 @@ import copy
 import functools
 from types import SimpleNamespace
 
-import lightning_helpers
 import pytest
 import torch
-import trl_helpers
 from hf_helpers import Gradients, documents, losses, make_trainer, tiny_model
 from lazy_transfer import LazyTransfer
-from lightning.pytorch.loggers import Logger
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.shapes import checkpointing_argument, enable_checkpointing
-from fastft_lightning import FastFTLightningCallback
 from fastft_plugins import FastFTCallback, FastFTError, apply
 from fastft_plugins.checkpointing import OffloadCheckpoint
 from fastft_plugins.checkpointing import feature as feature_module
@@ -192,48 +188,6 @@ def test_the_trainer_trains_as_with_stock_checkpointing(switch, packing, lazy, t
     for ours, theirs in zip(results["on"][1], results["off"][1], strict=True):
         assert_equal(ours, theirs)
     assert lazy.live == []
-
-
-class Records(Logger):
-    """Keeps what Lightning logs."""
-
-    name, version = "records", 0
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append({"step": step, **metrics})
-
-
-def rows_of(framework, folder):
-    """What the trainer of ``framework`` logs every second one of six steps."""
-    options = {"logging_steps": 2, "max_steps": 6}
-    if framework == "lightning":
-        logger, module = Records(), lightning_helpers.Module(checkpointed_model())
-        options = {"logger": logger, "log_every_n_steps": 2, "callbacks": [FastFTLightningCallback(ONLY)]}
-        lightning_helpers.make_trainer(folder, **options).fit(module, lightning_helpers.loader())
-        return logger.rows
-    if framework == "trl":
-        options |= OPTIONS | {"fastft": True, "fastft_config": ONLY}
-        trainer = trl_helpers.sft_trainer(folder, trl_helpers.tokens(), **options)
-    else:
-        trainer = make_trainer(folder, tiny_model(), callbacks=[FastFTCallback(ONLY)], **OPTIONS, **options)
-    trainer.train()
-    return trainer.state.log_history
-
-
-@pytest.mark.parametrize("framework", ["transformers", "trl", "lightning"])
-def test_trainers_log_how_much_of_the_copies_was_hidden(framework, lazy, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(lazy, "hidden_share", lambda: asked.append(lazy.copies) or 0.75)
-    shares = [row["fastft/overlap"] for row in rows_of(framework, tmp_path) if "fastft/overlap" in row]
-    # The first of the three logs comes before anything is offloaded, and only steps that log are measured.
-    assert shares == [0.75, 0.75] and len(asked) == 2 and lazy.copies
 
 
 def test_reentrant_checkpointing_is_an_error_that_says_why(lazy):
