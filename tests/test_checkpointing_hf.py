@@ -317,7 +317,7 @@ def test_without_a_gpu_auto_says_so_and_on_is_an_error(caplog):
         step(model)
     entry = run.report.features["checkpointing"]
     assert not entry.enabled and "no NVIDIA GPU" in entry.reason
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("fastft")]
     with pytest.raises(FastFTError, match="no NVIDIA GPU"), apply(model, ONLY):
         pass
 
