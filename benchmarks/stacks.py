@@ -16,12 +16,13 @@ from benchmarks.settings import Settings
 from benchmarks.sft_names import SftStack
 from benchmarks.shapes import build_model, enable_checkpointing
 from benchmarks.tokenizer import padding_collator
+from fastft_plugins.config import FEATURES
 
 Stack = Callable[[Settings], dict[str, Any]]
 STACKS: dict[str, Stack] = {}
 # The Trainer's stacks compare packing and experts at equal checkpointing; plans of it have stacks of TRL's.
 _EQUAL = {"checkpointing": "off"}
-OFF = {"packing": "off", "checkpointing": "off", "moe": "off"}
+OFF = dict.fromkeys(FEATURES, "off")
 
 
 def stack(name: str) -> Callable[[Stack], Stack]:

@@ -12,7 +12,7 @@ from fastft_plugins.errors import FastFTConfigError
 
 Mode = Literal["auto", "on", "off"]
 
-FEATURES = ("packing", "checkpointing", "moe")
+FEATURES = ("packing", "checkpointing", "moe", "bookkeeping")
 MODES: tuple[Mode, ...] = ("auto", "on", "off")
 
 
@@ -20,9 +20,9 @@ MODES: tuple[Mode, ...] = ("auto", "on", "off")
 class FastFTConfig:
     """The settings of one run.
 
-    ``packing``, ``checkpointing`` and ``moe`` are each ``"auto"`` (on where it is safe and helps), ``"on"`` (or raise
-    before the first step, with the reason) or ``"off"``. ``strict=True`` raises wherever the stock path would be kept
-    with a warning; where there is nothing to win, it is kept without one.
+    ``packing``, ``checkpointing``, ``moe`` and ``bookkeeping`` are each ``"auto"`` (on where it is safe and helps),
+    ``"on"`` (or raise before the first step, with the reason) or ``"off"``. ``strict=True`` raises wherever the stock
+    path would be kept with a warning; where there is nothing to win, it is kept without one.
 
     ``memory_budget`` is the device memory that checkpointing may let tensors take in all: ``"auto"`` (what is there,
     less some head-room), bytes as an integer, or a fraction of the device's memory, above 0.0 and at most 1.0.
@@ -35,6 +35,7 @@ class FastFTConfig:
     packing: Mode | bool = "auto"
     checkpointing: Mode | bool = "auto"
     moe: Mode | bool = "auto"
+    bookkeeping: Mode | bool = "auto"
     strict: bool = False
     memory_budget: int | float | str = "auto"
     max_tokens_per_batch: int | None = None

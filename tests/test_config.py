@@ -23,7 +23,7 @@ settings = st.fixed_dictionaries(
 
 
 def test_defaults() -> None:
-    assert FastFTConfig().to_dict() == {"packing": "auto", "checkpointing": "auto", "moe": "auto"} | {
+    assert FastFTConfig().to_dict() == dict.fromkeys(FEATURES, "auto") | {
         "strict": False,
         "memory_budget": "auto",
         "max_tokens_per_batch": None,
@@ -107,7 +107,7 @@ def test_a_mistyped_field_suggests_the_right_one(data: st.DataObject) -> None:
     for part in (
         f"unknown field {mistyped!r}",
         "'on'",
-        "'packing', 'checkpointing', 'moe', 'strict', 'memory_budget'",
+        "'packing', 'checkpointing', 'moe', 'bookkeeping', 'strict', 'memory_budget'",
         f"mean {name!r}",
     ):
         assert part in str(raised.value)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from fastft_plugins.errors import Declined
 from fastft_plugins.hookspecs import hookimpl
-from fastft_plugins.run import Run, Target
+from fastft_plugins.run import Feature, Run, Target
 
 
 @hookimpl
@@ -19,6 +19,13 @@ def fastft_matches(target: Any) -> Target | None:
     from transformers import Trainer
 
     return Target(target.model, target, framework="transformers") if isinstance(target, Trainer) else None
+
+
+@hookimpl
+def fastft_features() -> Sequence[Feature]:
+    from fastft_hf.bookkeeping import BookkeepingFeature
+
+    return [BookkeepingFeature()]
 
 
 @hookimpl
