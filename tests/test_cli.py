@@ -204,8 +204,11 @@ def test_demo_errors_come_before_any_training(fastft: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("broken", ["config", "hidden_size", "weights"])
-def test_a_model_folder_that_cannot_be_loaded(fastft: Any, tmp_path: Path, broken: str) -> None:
+def test_a_model_folder_that_cannot_be_loaded(
+    fastft: Any, tmp_path: Path, broken: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_tiny_model(tmp_path / "model")
+    capsys.readouterr()  # transformers' progress bar
     config, weights = model / "config.json", model / "model.safetensors"
     if broken == "weights":
         weights.write_bytes(weights.read_bytes()[:100])

@@ -36,11 +36,11 @@ _GAINS = {
     ),
     "checkpointing": (
         "at most the layers' second forward: about a quarter of a step in which all weights are trained, a third with "
-        "LoRA; 1.19x to 1.40x of plain checkpointing at Llama-8B with LoRA in 40 to 140 GB, measured (README)"
+        "LoRA; 1.15x to 1.40x of plain checkpointing at Llama-8B with LoRA in 30 to 140 GB, measured (docs/measured.md)"
     ),
     "moe": (
-        "1.4x to 3.1x of stock's experts block on an H200, measured (README); of the whole step only the share that "
-        "the block has in it"
+        "1.4x to 3.1x of stock's experts block on an H200, measured (docs/measured.md); of the whole step only the "
+        "share that the block has in it"
     ),
 }
 
@@ -92,6 +92,7 @@ def _notes(config: Any) -> list[str]:
     notes = [
         "the loss, the collator and the adapters of your Trainer are not known here; a run looks at them too",
         "checkpointing is decided as if activation checkpointing were switched on",
+        "bookkeeping is on with transformers' Trainer, and with what is made from it",
     ]
     if getattr(config, "quantization_config", None) is not None:
         notes.append("quantization_config is left out: decided as if the weights were not quantised")
