@@ -12,6 +12,8 @@ from fastft_plugins.errors import FastFTConfigError
 
 Mode = Literal["auto", "on", "off"]
 
+_LEAST_BYTES = 2**20  # below it, an integer was meant as a fraction
+
 FEATURES = ("packing", "checkpointing", "moe", "bookkeeping")
 MODES: tuple[Mode, ...] = ("auto", "on", "off")
 
@@ -25,7 +27,7 @@ class FastFTConfig:
     path would be kept with a warning; where there is nothing to win, it is kept without one.
 
     ``memory_budget`` is the device memory that checkpointing may let tensors take in all: ``"auto"`` (what is there,
-    less some head-room), bytes as an integer, or a fraction of the device's memory, above 0.0 and at most 1.0.
+    less some head-room), bytes as an integer of at least 2**20, or a fraction of the device's memory, above 0.0 and at most 1.0.
 
     ``max_tokens_per_batch`` lets transformers' Trainer fill each packed batch with documents up to that many real
     tokens, in place of ``per_device_train_batch_size`` documents; None keeps the Trainer's own batches. A document that
@@ -52,8 +54,8 @@ class FastFTConfig:
             raise FastFTConfigError(_wrong_value("strict", self.strict, (True, False)))
         if not _is_memory_budget(self.memory_budget):
             raise FastFTConfigError(
-                f"memory_budget={self.memory_budget!r} is not allowed; allowed: 'auto', a number of bytes (an integer "
-                "above 0), or a fraction of the device's memory (above 0.0, at most 1.0)"
+                f"memory_budget={self.memory_budget!r} is not allowed; allowed: 'auto', a number of bytes (an integer, "
+                f"at least {_LEAST_BYTES:,}), or a fraction of the device's memory (above 0.0, at most 1.0; 1.0 is all)"
             )
         self._check_max_tokens()
 
@@ -129,7 +131,7 @@ class FastFTConfig:
 def _is_memory_budget(value: object) -> bool:
     if isinstance(value, float):
         return 0 < value <= 1
-    return value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+    return value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= _LEAST_BYTES)
 
 
 def _names() -> tuple[str, ...]:

@@ -17,7 +17,7 @@ settings = st.fixed_dictionaries(
     optional={feature: st.sampled_from((*MODES, True, False)) for feature in FEATURES}
     | {
         "strict": st.booleans(),
-        "memory_budget": st.just("auto") | st.integers(1) | st.floats(0, 1, exclude_min=True),
+        "memory_budget": st.just("auto") | st.integers(2**20) | st.floats(0, 1, exclude_min=True),
     },
 )
 
@@ -113,7 +113,7 @@ def test_a_mistyped_field_suggests_the_right_one(data: st.DataObject) -> None:
         assert part in str(raised.value)
 
 
-@pytest.mark.parametrize("value", [0, -1, True, 0.0, 1.5, float("nan"), "40GB", None])
+@pytest.mark.parametrize("value", [0, -1, 1, 2**20 - 1, True, 0.0, 1.5, float("nan"), "40GB", None])
 def test_a_wrong_memory_budget(value: Any) -> None:
     with pytest.raises(FastFTConfigError) as raised:
         FastFTConfig(memory_budget=value)

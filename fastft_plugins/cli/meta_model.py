@@ -23,7 +23,7 @@ def read_config(path: Path | None, shape: str | None) -> tuple[str, Any]:
     except ImportError as error:
         raise ImportError("fastft doctor needs 'transformers': pip install 'fastft-plugins[hf]'") from error
     if (path is None) == (shape is None):
-        raise FastFTConfigError("needs either a model folder or config.json, or --shape NAME")
+        raise FastFTConfigError("give one of the two: a model's folder or config.json, or --shape NAME")
     if shape is not None:
         if shape not in SHAPES:
             raise FastFTConfigError(f"--shape {shape}: is not known; allowed: {', '.join(SHAPES)}")
