@@ -1,4 +1,4 @@
-"""Calls of checkpointed layers: whose they are, whether they have a backward, and two ways to make them."""
+"""Calls of checkpointed layers: whose they are, what they leave behind besides values, and two ways to make them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ def trains(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
         return True
     given = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
     return any(each.requires_grad for each in itertools.chain(given, layer.parameters()))
+
+
+def leaves_traces(layer: nn.Module | None) -> bool:
+    """Whether a call may do more than return a value, so that one that has failed half-way cannot be made again.
+
+    Hooks may note what they see, as those of transformers do with the router logits that the loss is made from; a
+    batch norm that trains notes means. To walk through a layer is slow.
+    """
+    return layer is None or any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or (module.training and getattr(module, "running_mean", None) is not None)
+        for module in layer.modules()
+    )
 
 
 def checkpoint_layer(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -85,7 +85,10 @@ class OffloadCheckpoint:
         return min(speeds, default=None)
 
     def hidden_share(self) -> float | None:
-        """Of the time of the last copies, the part in which the computation did not wait; None if that is not known."""
+        """Of the time of the last copies, the part in which the computation did not wait.
+
+        None if that is not known, or if no copy has been waited for since the last answer.
+        """
         shares = [share for lane in self._lanes.values() if (share := lane.transfer.hidden_share()) is not None]
         return min(shares, default=None)
 

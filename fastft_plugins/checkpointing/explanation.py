@@ -1,8 +1,13 @@
-"""A plan in words, with the figures that it was made from."""
+"""A plan in words, with the figures that it was made from, or why there is none."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastft_plugins.checkpointing.planner import Costs, Plan
+
+if TYPE_CHECKING:
+    from fastft_plugins.checkpointing.planned import PlannedCheckpoint
 
 NOT_MEASURED = "no step has shown yet what its layers hold, so all of them were checkpointed"
 OVERLAP = (
@@ -27,3 +32,22 @@ def explain(costs: Costs, plan: Plan, tokens: int, room: float) -> str:
         f"holds {whole} a token whole, {products} of products and {inputs} as its input; the rest is "
         f"{costs.loss / 1e9:.3g} GB at the loss and at most {max(costs.rest) / 1e9:.3g} GB in a layer's backward"
     )
+
+
+def why_unplanned(planned: PlannedCheckpoint) -> str:
+    """What is known of why ``planned`` has no plan to explain, in a run that is about to end."""
+    planning = planned.planning
+    if planned.forwards:
+        why = f"{planned.forwards:,} forwards were planned, and none since layers train that were frozen before"
+    elif planning.measurement is None:
+        why = (
+            "no call of a layer was one to plan for: they are compiled, ran without gradients, under options or hooks "
+            "of others, or call another function"
+        )
+    elif planning.costs is not None:
+        why = "no forward was planned, as each had much longer rows, or more layers, than those measured before it"
+    elif planning.measurement.costs() is None:
+        why = "no forward was planned, and the backward of the newest one has not come through all layers"
+    else:
+        why = "too few forwards came to plan one: the first two show what the layers hold"
+    return f"{why}; without a plan all layers are checkpointed"

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastft_plugins.checkpointing import explanation
-from fastft_plugins.checkpointing.calls import OF_USERS, checkpoint_layer, keep_layer, layer_of, trains
+from fastft_plugins.checkpointing.calls import (
+    OF_USERS,
+    checkpoint_layer,
+    keep_layer,
+    layer_of,
+    leaves_traces,
+    trains,
+)
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint, may_offload
 from fastft_plugins.checkpointing.forwards import Forwards
 from fastft_plugins.checkpointing.gauge import Gauge
@@ -183,17 +190,19 @@ class PlannedCheckpoint:
         return {position for position in known if position is not None}
 
     def _try(self, how: str, position: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a layer as planned; if there is no memory for that after all, again, with only its input, offloaded."""
+        """Run a layer as planned; without memory for that, again with only its input, offloaded, where that is safe."""
+        assert self.plan is not None
         random_state = RandomState(args[1].device)  # after the function comes its input
         try:
             outputs = run(*args, **kwargs)
         except torch.OutOfMemoryError:
-            pass  # try again outside of this block: the error holds on to what the layer has allocated
+            self.plan = self.planning.shrink(self.plan, position)
+            if leaves_traces(layer_of(args[0])):
+                raise
+            # Try again outside of this block: the error holds on to what the layer has allocated.
         else:
             self.calls[how] += 1
             return outputs
         random_state.restore()
-        assert self.plan is not None
-        self.plan = self.planning.shrink(self.plan, position)
         self.calls["retried"] += 1
         return self.engine(*args, **kwargs)

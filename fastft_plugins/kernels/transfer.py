@@ -48,7 +48,10 @@ class Transfer(Protocol):
         """Bytes that lately were copied in a millisecond, without waiting; None if no copy is known to be done."""
 
     def hidden_share(self) -> float | None:
-        """Of the time of the last copies, the part in which the computation did not wait; see `speed`."""
+        """Of the time of the last copies, the part in which the computation did not wait; see `speed`.
+
+        None as well if no copy has been waited for since the last answer.
+        """
 
     def metrics(self) -> dict[str, float]:
         """Figures of the copies so far, for a report."""
@@ -72,6 +75,7 @@ class CudaTransfer:
         self._queue = torch.cuda.Stream(device)
         self._waits: deque[tuple[_Copy, torch.cuda.Event]] = deque(maxlen=_MEASURED)
         self._waited = 0  # waits so far
+        self._told = 0  # of these, those that there were when the hidden share was last told
         self._speed: tuple[float, int] | None = None  # as it was found last, and with which wait it is to be found anew
         self._pageable_bytes = 0
 
@@ -123,9 +127,15 @@ class CudaTransfer:
         return None if self._speed is None else self._speed[0]
 
     def hidden_share(self) -> float | None:
+        waited = self._waited
+        if waited == self._told:
+            return None
         recent = list(self._waits)[-_RECENT:]
         done = [(copy, reached) for copy, reached in recent if copy.end.query() and reached.query()]
-        return _hidden_share(done, sum(copy.milliseconds() for copy, _ in done))
+        share = _hidden_share(done, sum(copy.milliseconds() for copy, _ in done))
+        if share is not None:
+            self._told = waited
+        return share
 
     def metrics(self) -> dict[str, float]:
         """``hidden_share``: of the time of the copies, the part in which the computation did not wait for them."""

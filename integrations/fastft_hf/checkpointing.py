@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fastft_hf.adapter_first import AdaptersFirst, has_adapters
+from fastft_hf.checkpoint_functions import FUNCTION, REENTRANT, CheckpointFunction, is_checkpointed, is_flex, why_not
+from fastft_hf.checkpoint_switch import follow_switch
 from fastft_plugins.errors import Declined, NothingToWin
 from fastft_plugins.ledger import Ledger
+from fastft_plugins.report import FeatureReport
 from fastft_plugins.run import Run
 
-_FUNCTION = "_gradient_checkpointing_func"
-# Newer transformers says "activation" where older ones say "gradient"; an alias of the other name calls this one.
+# Newer transformers says "activation" where older ones say "gradient".
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")
 
 _OFF = "activation checkpointing is not switched on"
-_REENTRANT = "use_reentrant=True: set gradient_checkpointing_kwargs={'use_reentrant': False}"
+_LATER = "checkpoint function of the layers, when training switches checkpointing on"
 _SPLIT = (
     "the model is split over processes (FSDP, ZeRO-3, tensor, context or sequence parallelism), and ranks that run "
     "other layers again would wait for each other"
@@ -35,7 +35,7 @@ def inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
         return None
     args = getattr(run.target.trainer, "args", None)
     is_later = any(getattr(args, name, False) for name in _NAMES) and not run.target.in_training
-    if not is_later and not any(map(_is_checkpointed, run.model.modules())):
+    if not is_later and not any(map(is_checkpointed, run.model.modules())):
         raise NothingToWin(_OFF)
     if isinstance(run.model, nn.DataParallel) or getattr(args, "n_gpu", 1) > 1:
         raise Declined("DataParallel copies the layers to every GPU at each step; launch one process per GPU")
@@ -43,72 +43,100 @@ def inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
         raise Declined("activation_offloading=True: TRL's own offloading copies all that is saved")
     if _is_split(run):
         raise Declined(_SPLIT)
-    return (_inject_later if is_later else _inject)(run, checkpoint_fn)
+    seam = _Seam(run, checkpoint_fn)
+    change = _LATER if is_later else seam.inject(run)
+    seam.said = change
+    follow_switch(run.model, run.ledger, seam.take_back, seam.inject_again)
+    run.ledger.record("the checkpoint functions of the layers", seam.close)
+    return change
 
 
-def _inject(run: Run, checkpoint_fn: Callable[..., Any], ledger: Ledger | None = None) -> str:
-    ledger = run.ledger if ledger is None else ledger
-    modules = [module for module in run.model.modules() if _is_checkpointed(module)]
-    if not modules:
-        raise NothingToWin(_OFF)
-    kept: Counter[str] = Counter()
-    functions: dict[Any, Any] = {}  # one of ours for each of theirs
-    has_lora, stores_products = has_adapters(run.model), not any(map(_is_flex, run.model.modules()))
-    for module in modules:
-        stock = getattr(module, _FUNCTION)
-        reason = _why_not(stock)
-        if reason is not None:
-            kept[reason] += 1
-            continue
-        if stock not in functions:
-            # Asked for offloading, transformers copies on the stream that computes; the one that replaces it does not.
-            ours = {"offload": _offloads(stock), "stores_products": stores_products}
-            function = _Checkpoint(checkpoint_fn, ours, _keywords(stock))
-            functions[stock] = AdaptersFirst(function) if has_lora else function
-        ledger.setattr(module, _FUNCTION, functions[stock])
-    if not functions:  # the user's own choice of reentrant checkpointing is no shortcoming
-        raise (NothingToWin if set(kept) == {_REENTRANT} else Declined)("; ".join(kept))
-    changes = [f"checkpoint function in {len(modules) - kept.total()} modules"]
-    changes += ["LoRA's last adapter of a layer runs before its base product"] if has_lora else []
-    changes += [f"{count} modules keep theirs: {reason}" for reason, count in kept.items()]
-    return "; ".join(changes)
+class _Seam:
+    """Gives the layers of a run's model our functions, anew whenever checkpointing is switched on.
 
+    That is in the middle of training, or when it starts, in a block around a Trainer. What was learned stays.
+    """
 
-def _inject_later(run: Run, checkpoint_fn: Callable[..., Any]) -> str:
-    """In a block around a Trainer: checkpointing is switched on, anew, when training starts."""
-    name = next(name for name in (f"{word}_enable" for word in _NAMES) if hasattr(run.model, name))
-    enable, run_ref, ledger = getattr(run.model, name), weakref.ref(run), Ledger()
+    def __init__(self, run: Run, checkpoint_fn: Callable[..., Any]) -> None:
+        self.said = ""  # the newest words of ours among the changes in the report
+        self._run = weakref.ref(run)
+        self._notes = run.ledger.notes
+        self._checkpoint_fn = checkpoint_fn
+        self._ledger = Ledger()
+        self._made: list[tuple[CheckpointFunction, Callable[..., Any]]] = []
+        self._change: str | None = None  # by the newest injection
+        self._reason: str | None = None  # of the feature to be on, while it is switched off
 
-    @functools.wraps(enable)
-    def enable_and_inject(*args: Any, **kwargs: Any) -> None:
-        ledger.close()  # of the training before
-        enable(*args, **kwargs)
-        run = run_ref()
+    def inject(self, run: Run) -> str:
+        """Raises `Declined` if no layer can call ours."""
+        modules = [module for module in run.model.modules() if is_checkpointed(module)]
+        if not modules:
+            raise NothingToWin(_OFF)
+        kept: Counter[str] = Counter()
+        has_lora, stores_products = has_adapters(run.model), not any(map(is_flex, run.model.modules()))
+        try:
+            for module in modules:
+                reason = why_not(getattr(module, FUNCTION))
+                if reason is not None:
+                    kept[reason] += 1
+                    continue
+                function = CheckpointFunction(self._checkpoint_fn, getattr(module, FUNCTION), stores_products)
+                self._ledger.setattr(module, FUNCTION, self._known(function, has_lora))
+        except BaseException:
+            self._ledger.close()
+            raise
+        if kept.total() == len(modules):  # the user's own choice of reentrant checkpointing is no shortcoming
+            raise (NothingToWin if set(kept) == {REENTRANT} else Declined)("; ".join(kept))
+        changes = [f"checkpoint function in {len(modules) - kept.total()} modules"]
+        changes += ["LoRA's last adapter of a layer runs before its base product"] if has_lora else []
+        changes += [f"{count} modules keep theirs: {reason}" for reason, count in kept.items()]
+        self._change = "; ".join(changes)
+        return self._change
+
+    def take_back(self) -> None:
+        """Before somebody switches: what is replaced then is a stock function, which is worth no note."""
+        self._ledger.close()
+        self._ledger = Ledger()
+
+    def inject_again(self) -> None:
+        """Somebody has switched checkpointing on, or off."""
+        run = self._run()
         if run is None or not run.active:
             return
+        entry, change = run.report.features["checkpointing"], self._change
+        if not any(getattr(module, "gradient_checkpointing", False) for module in run.model.modules()):
+            if change is not None:
+                self._say(entry, f"{change}, until checkpointing was switched off during training")
+            return
         try:
-            change = _inject(run, checkpoint_fn, ledger)
+            self._say(entry, self.inject(run))
         except Declined as declined:
-            run.switch_off("checkpointing", declined)
+            if change is not None:  # what was done until now stays true
+                self._say(entry, f"{change}, until checkpointing was switched on anew, and stayed stock: {declined}")
+                run.fall_short("checkpointing", declined)
+            else:
+                self._reason = self._reason or entry.reason
+                run.switch_off("checkpointing", declined)
         else:
-            run.report.features["checkpointing"].changes[:] = [change]
+            if self._reason is not None:
+                entry.enabled, entry.reason, self._reason = True, self._reason, None
 
-    run.ledger.setattr(run.model, name, enable_and_inject)
-    run.ledger.record("the checkpoint functions of the layers", ledger.close)
-    return "checkpoint function of the layers, when training switches checkpointing on"
+    def close(self) -> None:
+        """The layers get their stock functions back."""
+        self._ledger.close()
+        self._notes.extend(self._ledger.notes)
 
+    def _known(self, function: CheckpointFunction, has_lora: bool) -> Callable[..., Any]:
+        """What does the same as ``function``, one object for all layers and all of the run."""
+        for like, made in self._made:
+            if like == function and isinstance(made, AdaptersFirst) == has_lora:
+                return made
+        self._made.append((function, AdaptersFirst(function) if has_lora else function))
+        return self._made[-1][1]
 
-class _Checkpoint:
-    """A checkpoint function of ours in the place of a stock one. A copy or pickle, as part of a model, is stock."""
-
-    def __init__(self, checkpoint_fn: Callable[..., Any], ours: dict[str, Any], keywords: dict[str, Any]) -> None:
-        self._checkpoint_fn, self._ours, self._keywords = checkpoint_fn, ours, keywords
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._checkpoint_fn(*args, **self._keywords | kwargs, **self._ours)
-
-    def __reduce__(self) -> Any:
-        return functools.partial(functools.partial, checkpoint, **self._keywords), ()
+    def _say(self, entry: FeatureReport, words: str) -> None:
+        entry.changes[:] = [words if change == self.said else change for change in entry.changes]
+        self.said = words
 
 
 def _is_split(run: Run) -> bool:
@@ -117,37 +145,3 @@ def _is_split(run: Run) -> bool:
     plugins = (getattr(state, name, None) for name in ("fsdp_plugin", "parallelism_config"))
     shards = getattr(getattr(state, "deepspeed_plugin", None), "zero_stage", 0) == 3
     return shards or any(plugin is not None for plugin in plugins) or (getattr(run.model, "tp_size", None) or 1) > 1
-
-
-def _is_flex(module: nn.Module) -> bool:
-    """Whether its attention is flex_attention, which is compiled inside the layer."""
-    config = getattr(module, "config", None)
-    config = getattr(config, "_fastft_stock_config", config)
-    return getattr(config, "_attn_implementation", None) == "flex_attention"
-
-
-def _is_checkpointed(module: nn.Module) -> bool:
-    return bool(getattr(module, "gradient_checkpointing", False)) and _FUNCTION in vars(module)
-
-
-def _why_not(stock: Any) -> str | None:
-    inner = _inner(stock)
-    if inner is not checkpoint and not _offloads(stock):
-        return f"they call {getattr(inner, '__qualname__', type(inner).__name__)}, not torch's checkpoint"
-    if _keywords(stock).get("use_reentrant") is not False:
-        return _REENTRANT
-    return None
-
-
-def _inner(stock: Any) -> Any:
-    return stock.func if isinstance(stock, functools.partial) else stock
-
-
-def _offloads(stock: Any) -> bool:
-    """Whether it is what transformers makes for ``offload=True``: torch's checkpoint, what it saves put on the CPU."""
-    name: str = getattr(_inner(stock), "__qualname__", "")
-    return name.startswith("PreTrainedModel.") and name.endswith("checkpointing_enable.<locals>.checkpoint_func")
-
-
-def _keywords(stock: Any) -> dict[str, Any]:
-    return dict(stock.keywords) if isinstance(stock, functools.partial) else {}
