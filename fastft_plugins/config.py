@@ -27,7 +27,8 @@ class FastFTConfig:
     path would be kept with a warning; where there is nothing to win, it is kept without one.
 
     ``memory_budget`` is the device memory that checkpointing may let tensors take in all: ``"auto"`` (what is there,
-    less some head-room), bytes as an integer of at least 2**20, or a fraction of the device's memory, above 0.0 and at most 1.0.
+    less some head-room), bytes as an integer of at least 2**20, or a fraction of the device's memory, above 0.0 and at
+    most 1.0.
 
     ``max_tokens_per_batch`` lets transformers' Trainer fill each packed batch with documents up to that many real
     tokens, in place of ``per_device_train_batch_size`` documents; None keeps the Trainer's own batches. A document that
