@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 from family_models import tiny_family
-from hf_helpers import Pad, documents, tiny_model
+from hf_helpers import Pad, documents, make_trainer, tiny_model
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastft_plugins import FastFTError, apply
+from fastft_plugins import FastFTCallback, FastFTError, apply
 
 
 def attentions_of(model):
@@ -167,3 +167,102 @@ def test_a_batch_that_comes_again_gets_the_function_of_that_moment(functions):
         model.config._attn_implementation_internal = "flex_attention"
         model(**batch)
         assert len(calls) == 3
+
+
+# Parts of the model, and what is around it
+
+
+class Own(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def wrap_a_layer(model):
+    model.model.layers[0] = Own(model.model.layers[0])
+
+
+def wrap_an_mlp(model):
+    model.model.layers[0].mlp = Own(model.model.layers[0].mlp)
+
+
+def replace_the_layers(model):
+    model.model.layers = torch.nn.ModuleList(map(Own, model.model.layers))
+
+
+@pytest.mark.parametrize("change", [wrap_a_layer, wrap_an_mlp, replace_the_layers], ids=lambda change: change.__name__)
+def test_parts_of_ones_own_that_come_late(change):
+    fails_late(tiny_model(), change, "Own, of test_hf_changes, may look at other tokens")
+
+
+def subclass_a_layer(model):
+    class Layer(transformers.models.llama.modeling_llama.LlamaDecoderLayer):
+        def forward(self, hidden_BTH, *args, **kwargs):
+            return super().forward(hidden_BTH.cumsum(1), *args, **kwargs)
+
+    Layer.__module__ = "transformers"
+    old = model.model.layers[0]
+    model.model.layers[0] = layer = Layer(model.config, 0).train()
+    layer.self_attn = old.self_attn
+
+
+def test_a_new_layer_with_a_forward_of_ones_own():
+    fails_late(tiny_model(), subclass_a_layer, "the forward of Layer is replaced by code of test_hf_changes")
+
+
+def test_a_new_layer_of_attention():
+    def change(model):
+        model.model.layers[0] = type(model.model.layers[0])(model.config, 0).train()
+
+    fails_late(tiny_model(), change, "attention layers of LlamaForCausalLM were replaced")
+
+
+def test_adapters_may_come_in_a_run_and_what_comes_after_them_is_noticed():
+    peft = pytest.importorskip("peft")
+    model, padded = tiny_model().train(), Pad()(documents(6))
+    with apply(model, {"packing": "on"}) as run:
+        model(**batch_of(run))
+        peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+        packed = model(**batch_of(run)).loss
+        wrap_an_mlp(model)
+        with pytest.raises(FastFTError, match="since training began: Own, of test_hf_changes"):
+            model(**batch_of(run))
+    torch.testing.assert_close(packed, model(**padded).loss)
+
+
+def skip_labels(module, args, kwargs):
+    return args, kwargs | {"labels": kwargs["labels"][:, :3]}
+
+
+AROUND = {
+    "forward hook": lambda model: model.register_forward_hook(lambda module, args, output: output),
+    "forward pre-hook": lambda model: model.register_forward_pre_hook(skip_labels, with_kwargs=True),
+    "forward": lambda model: setattr(model, "forward", Own(model.forward).forward),
+    "hook on the tuner": lambda model: model.base_model.register_forward_hook(lambda module, args, output: output),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_code_around_the_model_that_comes_late(tmp_path, name):
+    peft = pytest.importorskip("peft")
+    late, callback = transformers.TrainerCallback(), FastFTCallback()
+
+    def change(args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            AROUND[name](model)
+
+    late.on_step_begin = change
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    trainer = make_trainer(tmp_path, model, callbacks=[callback, late], max_steps=3)
+    with pytest.raises(FastFTError, match=r"since training began: .*test_hf_changes"):
+        trainer.train()
+    assert trainer.state.global_step == 1

@@ -19,13 +19,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from fastft_hf import foreign, own_attention, stock_attention
+from fastft_hf import own_attention, stock_attention
 from fastft_hf.decoder_hook import DecoderHook
+from fastft_hf.parts import Holders
 from fastft_hf.settings import Settings, why_not_settings
 from fastft_hf.stand_in import StandInConfig, StockModule, stock_config
 from fastft_hf.suitability import (
     family_of,
-    holders_of,
     why_not,
     why_not_attention,
     why_not_code,
@@ -93,8 +93,7 @@ def inject_packed_attention(
     for attention in attentions:
         run.ledger.setattr(attention, "config", StandInConfig(attention.config, _attn_implementation=_ATTENTION_NAME))
     settings = Settings(causal_lm, decoder, attentions)
-    forwards = foreign.Forwards(holders_of(causal_lm, attentions))
-    checks = (partial(why_not_code, causal_lm), forwards.replaced, settings.changed, *checks)
+    checks = (partial(why_not_code, causal_lm), Holders(causal_lm, attentions).changed, settings.changed, *checks)
     hook = DecoderHook(run, family_of(causal_lm), counts_bare, checks)
     run.ledger.record(
         "the decoder's forward pre-hook", decoder.register_forward_pre_hook(hook, with_kwargs=True).remove

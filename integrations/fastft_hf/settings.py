@@ -50,31 +50,39 @@ class Settings:
 
     def __init__(self, causal_lm: PreTrainedModel, decoder: nn.Module, attentions: Sequence[nn.Module]) -> None:
         self._of = causal_lm, decoder, attentions
-        self._seen = self._look()
+        self._remember()
 
     def changed(self) -> str | None:
         """The reason if packed attention is no longer stock's."""
-        now = self._look()
-        if now == self._seen:
+        if self._look() == self._seen:
             return None
         for attention in self._of[2]:
             if not isinstance(attention.config, StandInConfig):
                 return f"{type(attention).__name__} got another config, which does not name packed attention"
         reason = why_not_settings(*self._of)
         if reason is None:
-            self._seen = now
+            self._remember()
         return reason
 
-    def _look(self) -> list[Any]:
+    def _remember(self) -> None:
         attentions = self._of[2]
-        found: list[Any] = []
-        for config in _configs(*self._of):
-            # Beside the config's own attributes, the list that users change in its place.
-            found.append((dict(vars(config)), tuple(getattr(config, "layer_types", None) or ())))
-        found += [tuple(map(vars(attention).get, _OF_LAYERS)) for attention in attentions]
+        self._held = _configs(*self._of)
+        self._configs = list(map(vars, self._held))
+        self._layers = list(map(vars, attentions))
         kinds = {(type(attention), id(stock_config(attention))): attention for attention in attentions}
-        found += map(attention_functions, kinds.values())
-        return found
+        self._kinds = list(kinds.values())
+        self._seen = self._look()
+
+    def _look(self) -> list[Any]:
+        causal_lm, decoder, _ = self._of
+        return [
+            id(causal_lm.config),  # the configs themselves are held, so that no other gets their ids
+            id(decoder.config),
+            *map(dict.copy, self._configs),
+            *(tuple(config.get("layer_types") or ()) for config in self._configs),  # a list, changed in its place
+            *(layer.get(name) for layer in self._layers for name in _OF_LAYERS),
+            *map(attention_functions, self._kinds),
+        ]
 
 
 def _passes_softcap(attention: nn.Module) -> bool:

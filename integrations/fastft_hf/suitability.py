@@ -155,9 +155,13 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     return nested or [parameters]
 
 
-def why_not_inside(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
-    """The reason if a module around ``causal_lm`` may compute a loss, or change the batch, in a way of its own."""
-    around = [module for module in model.modules() if module is not causal_lm and causal_lm in set(module.modules())]
+def around_of(model: nn.Module, causal_lm: PreTrainedModel) -> list[nn.Module]:
+    """The modules of ``model`` that hold ``causal_lm``."""
+    return [module for module in model.modules() if module is not causal_lm and causal_lm in set(module.modules())]
+
+
+def why_not_inside(around: Sequence[nn.Module]) -> str | None:
+    """The reason if one of these modules around a model may compute a loss, or change the batch, in its own way."""
     for module in around:
         written = written_class(module)
         if written.__module__.split(".")[0] not in _KNOWN_WRAPPERS:
