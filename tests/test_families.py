@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from fastft_hf import families, suitability
 from fastft_hf.families import FAMILIES, WINDOWED, Family
 from fastft_hf.model import _attention_forward
+from fastft_hf.stock_attention import sdpa_refuses_softcap
 from fastft_plugins import FastFTError, apply
 from fastft_plugins.packing import METADATA_KEY, PackedMetadata, PaddingFreeCollator
 
@@ -223,6 +224,10 @@ def test_attention_called_with_what_packing_does_not_know_is_an_error(extra):
 
 @pytest.mark.parametrize("extra", [{"softcap": 0.5}, {"s_aux": torch.ones(2)}], ids=["softcap", "sinks"])
 def test_softcap_and_sinks_count_where_they_count_in_stock(extra):
-    """transformers 5.17 trains Gemma2 with sdpa, which ignores its softcap: so must the packed run."""
-    assert torch.equal(called_with("sdpa", **extra), called_with("sdpa"))
+    """transformers 5.17 trains Gemma2 with sdpa, which ignores its softcap: so must the packed run. 5.24 refuses."""
+    if "softcap" in extra and sdpa_refuses_softcap():
+        with pytest.raises(FastFTError, match="passes a softcap, which stock's 'sdpa' refuses"):
+            called_with("sdpa", **extra)
+    else:
+        assert torch.equal(called_with("sdpa", **extra), called_with("sdpa"))
     assert not torch.allclose(called_with("eager", **extra), called_with("eager"), atol=1e-3)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft_hf import stock_attention
 from fastft_hf.families import Family
 from fastft_plugins.errors import FastFTError
 from fastft_plugins.hooks import RunHook
@@ -58,6 +59,7 @@ class DecoderHook(RunHook):
         device = _inputs(args, kwargs).device
         if metadata.cu_seqlens.device != device:  # loops that move tensors alone leave it behind
             kwargs[METADATA_KEY] = metadata = metadata.to(device, non_blocking=True)
+        stock_attention.forget(metadata)
         kwargs["attention_mask"] = _make_mask(metadata)
         kwargs["use_cache"] = False
         return args, kwargs

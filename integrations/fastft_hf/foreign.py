@@ -4,7 +4,6 @@ loss per sequence say, it would do to the one row of a packed batch without a wo
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,34 +27,6 @@ def replaced_forward(modules: Iterable[nn.Module]) -> str | None:
         if home is not None:
             return f"the forward of {type(module).__name__} is replaced by code of {home}, which may look across rows"
     return None
-
-
-class Forwards:
-    """The forwards of some modules, known to be harmless; `replaced` is quick enough to be asked at every batch.
-
-    While all of them are the objects that they were, none is looked into again.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = [weakref.ref(module) for module in modules]
-        self._seen = self._look()
-
-    def replaced(self) -> str | None:
-        """The reason if the forward of one of the modules that still live is code of unknown origin by now."""
-        now = self._look()
-        if now == self._seen:
-            return None
-        reason = replaced_forward(self._alive())
-        if reason is None:
-            self._seen = now
-        return reason
-
-    def _look(self) -> list[Any]:
-        found = [(type(module), vars(module).get("forward")) for module in self._alive()]
-        return [*found, *((each.forward, each.__call__) for each in {each for each, _ in found})]
-
-    def _alive(self) -> list[nn.Module]:
-        return [module for reference in self._modules if (module := reference()) is not None]
 
 
 def forward_hook(modules: Iterable[nn.Module]) -> str | None:

@@ -12,27 +12,26 @@ pass keyword arguments on still pass the mask on, so the mask carries the metada
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from fastft_hf import foreign, own_attention
+from fastft_hf import own_attention, stock_attention
 from fastft_hf.decoder_hook import DecoderHook
-from fastft_hf.stand_in import StandInConfig, StockModule
+from fastft_hf.parts import Holders
+from fastft_hf.settings import Settings, why_not_settings
+from fastft_hf.stand_in import StandInConfig, StockModule, stock_config
 from fastft_hf.suitability import (
-    attention_function,
     family_of,
-    holders_of,
     why_not,
     why_not_attention,
     why_not_code,
 )
 from fastft_plugins.errors import Declined, FastFTError
-from fastft_plugins.packing import METADATA_KEY, PackedMetadata, packed_attention
+from fastft_plugins.packing import METADATA_KEY, packed_attention
 from fastft_plugins.run import Run
 
 # Floating-point arguments of attention that packed attention honours.
@@ -86,18 +85,22 @@ def inject_packed_attention(
     reason = why_not(run.model, causal_lm) or why_not_attention(causal_lm, attentions)
     if reason is not None:
         raise Declined(reason)
+    decoder = _innermost_model(causal_lm, attentions)
+    reason = why_not_settings(causal_lm, decoder, attentions)
+    if reason is not None:
+        raise Declined(reason)
     run.ledger.share("transformers' attention function 'fastft'", _register, _unregister)
     for attention in attentions:
         run.ledger.setattr(attention, "config", StandInConfig(attention.config, _attn_implementation=_ATTENTION_NAME))
-    decoder = _innermost_model(causal_lm, attentions)
-    forwards = foreign.Forwards(holders_of(causal_lm, attentions))
-    checks = (partial(why_not_code, causal_lm), forwards.replaced, *checks)
+    settings = Settings(causal_lm, decoder, attentions)
+    checks = (partial(why_not_code, causal_lm), Holders(causal_lm, attentions).changed, settings.changed, *checks)
     hook = DecoderHook(run, family_of(causal_lm), counts_bare, checks)
     run.ledger.record(
         "the decoder's forward pre-hook", decoder.register_forward_pre_hook(hook, with_kwargs=True).remove
     )
     where = f"packed attention in {len(attentions)} layers of {type(causal_lm).__name__}"
-    own = own_attention.describe(_stock(attentions[0]), _stock_implementation(attentions[0]))
+    implementation = stock_config(attentions[0])._attn_implementation
+    own = own_attention.describe(stock_attention.stock_function(attentions[0]), implementation)
     return where if own is None else f"{where}, through {own}"
 
 
@@ -125,13 +128,15 @@ def _attention_forward(
     """transformers' attention signature: q ``[B, H, T, D]``, k and v ``[B, G, T, D]`` → ``[B, T, H, D]``."""
     metadata = kwargs.get(METADATA_KEY) or getattr(attention_mask, METADATA_KEY, None)
     if metadata is None:
-        stock = _stock(module)
+        stock = stock_attention.stock_function(module)
         result: tuple[Tensor, Tensor | None] = stock(StockModule(module), query, key, value, attention_mask, **kwargs)
         return result
-    _check_arguments(module, kwargs)
-    stock, is_own, ignores = _stock_of_batch(module, metadata)
+    _check_arguments(module, attention_mask, kwargs)
+    stock, is_own, ignores, _ = stock_attention.of_batch(module, metadata)
     if is_own:
         return own_attention.attend(stock, StockModule(module), query, key, value, metadata, kwargs)
+    if ignores and kwargs.get("softcap") is not None and stock_attention.sdpa_refuses_softcap():
+        raise FastFTError(f"{type(module).__name__} passes a softcap, which stock's 'sdpa' refuses; choose 'eager'")
     out_THD = packed_attention(
         # Not query[0]: the backward of a selection copies the gradient into a tensor of zeros, in every layer.
         query.transpose(1, 2).squeeze(0),
@@ -146,8 +151,13 @@ def _attention_forward(
     return out_THD.unsqueeze(0), None
 
 
-def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
+def _check_arguments(module: nn.Module, attention_mask: Any, kwargs: dict[str, Any]) -> None:
     """Refuse what would change stock's result and packed attention does not know: dropout, biases, masks."""
+    if isinstance(attention_mask, Tensor) and attention_mask.numel():  # the one that the decoder was given is empty
+        raise FastFTError(
+            f"{type(module).__name__} got a mask that did not come from its batch, which packed attention cannot "
+            "honour; train with packing='off'"
+        )
     unknown = [
         name
         for name, value in kwargs.items()
@@ -160,41 +170,6 @@ def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
             f"{type(module).__name__} calls attention with '{unknown[0]}', which packed attention cannot honour; "
             "train with packing='off'"
         )
-
-
-class _Stock(NamedTuple):
-    """The attention function that layers have without a run."""
-
-    function: Callable[..., Any]
-    is_own: bool  # one that gets the row's boundaries; otherwise packed attention takes its place
-    ignores: bool  # softcap and sinks: sdpa knows neither, and where a transformers version passes it one, ignores it
-
-
-# By batch, class of layer and config: to look it up takes as long as the rest of a layer's call.
-_stock_of: weakref.WeakKeyDictionary[PackedMetadata, dict[tuple[type, int], _Stock]] = weakref.WeakKeyDictionary()
-
-
-def _stock_of_batch(module: nn.Module, metadata: PackedMetadata) -> _Stock:
-    config: Any = module.config
-    key, known = (type(module), id(config._fastft_stock_config)), _stock_of.get(metadata)
-    if known is None:
-        known = _stock_of.setdefault(metadata, {})
-    stock = known.get(key)
-    if stock is None:
-        function = _stock(module)
-        ignores = _stock_implementation(module) == "sdpa"
-        stock = known[key] = _Stock(function, own_attention.is_own(function), ignores)
-    return stock
-
-
-def _stock(module: nn.Module) -> Callable[..., Any]:
-    function: Callable[..., Any] = attention_function(module, _stock_implementation(module))
-    return function
-
-
-def _stock_implementation(module: nn.Module) -> str:
-    config: Any = module.config
-    return str(config._fastft_stock_config._attn_implementation)
 
 
 def _register() -> None:

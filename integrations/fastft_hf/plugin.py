@@ -35,7 +35,7 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str |
     from transformers import Trainer
 
     from fastft_hf import metrics, model, trainer
-    from fastft_hf.suitability import family_of, why_not_inside
+    from fastft_hf.suitability import around_of, family_of, why_not_inside
 
     _check_that_the_model_stays(run)
     if run.target.framework == "transformers" and run.target.trainer is None:
@@ -46,11 +46,14 @@ def fastft_inject_metadata(run: Run, wrap_collator: Callable[..., Any]) -> str |
         if has_trainer or (is_loop and model.holds_pretrained(run.model)):
             raise model.not_a_causal_lm(run.model)
         return None
-    reason = why_not_inside(run.model, causal_lm) if has_trainer else None
+    around = around_of(run.model, causal_lm) if has_trainer else []
+    reason = why_not_inside(around)
     if reason is not None:
         raise Declined(reason)
     # The adapter of another trainer may have reasons of its own for a batch without metadata.
     checks = [partial(trainer.why_not_loss, run.target.trainer)] if has_trainer else []
+    if around:
+        checks.append(partial(why_not_inside, around))
     changes = [model.inject_packed_attention(run, causal_lm, counts_bare=has_trainer or is_loop, checks=checks)]
     moves_positions = family_of(causal_lm).moves_positions
     if run.wrap_collator is not None:

@@ -33,3 +33,9 @@ class StockModule:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_module"], name)
+
+
+def stock_config(module: Any) -> Any:
+    """The module's config as it is without a run."""
+    config = module.config
+    return vars(config).get("_fastft_stock_config", config)

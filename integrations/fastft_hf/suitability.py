@@ -14,7 +14,7 @@ from fastft_hf import foreign
 from fastft_hf.classes import written_class
 from fastft_hf.families import FAMILIES, Family
 from fastft_hf.own_attention import is_own
-from fastft_hf.stand_in import StandInConfig
+from fastft_hf.stand_in import StandInConfig, stock_config
 
 # Attention implementations whose results packed attention reproduces.
 _IMPLEMENTATIONS = ("sdpa", "eager")
@@ -37,7 +37,8 @@ def why_not(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
     """The reason why ``causal_lm``, inside ``model``, cannot be packed exactly, or None."""
     return (
         _why_not_class(causal_lm)
-        or _why_not_config(causal_lm.config)
+        or why_not_kinds(causal_lm)
+        or why_not_config(causal_lm.config)
         or _why_not_wrapper(model)
         or why_not_code(causal_lm)
         or foreign.layer(causal_lm.modules())
@@ -61,15 +62,10 @@ def why_not_attention(causal_lm: PreTrainedModel, attentions: Sequence[nn.Module
         config: Any = attention.config
         if isinstance(config, StandInConfig):
             return f"another run, on a module around {name} or inside it, packs its attention; use that run, or end it"
-        if not getattr(attention, "is_causal", True):
-            return f"attention layers of {name} are not causal; packed attention is"
         for attribute, value in (*vars(attention).items(), *attention.named_children()):
             rate = value.p if isinstance(value, nn.Dropout) else value
             if "drop" in attribute and isinstance(rate, float) and rate > 0:
                 return f"{attribute} of {type(attention).__name__} is {rate}; {_RANDOM}"
-        home = _foreign_attention(attention)
-        if home is not None:
-            return f"{type(attention).__name__} attends by code of {home}; packed attention would take its place"
     return foreign.replaced_forward(holders_of(causal_lm, attentions))
 
 
@@ -84,16 +80,20 @@ def holders_of(causal_lm: PreTrainedModel, attentions: Sequence[nn.Module]) -> l
 
 def attention_function(attention: nn.Module, implementation: str) -> Any:
     """The function of this name in transformers' registry; "eager" is the one beside the layer's class."""
-    eager = getattr(sys.modules[written_class(attention).__module__], "eager_attention_forward", None)
+    eager = getattr(_beside(attention), "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 
-def _foreign_attention(attention: nn.Module) -> str | None:
-    """Where the layer's attention function, or the mask it is given, comes from, if that is unknown."""
-    config: Any = attention.config
-    masks = (getattr(sys.modules[written_class(attention).__module__], name, None) for name in _MASKS)
-    functions = (attention_function(attention, config._attn_implementation), *masks)
-    return next((home for each in functions if each is not None and (home := foreign.foreign_home(each))), None)
+def attention_functions(attention: nn.Module) -> tuple[Any, ...]:
+    """The functions that decide stock's result for a layer: its attention, and those for the mask it is given."""
+    module = _beside(attention)
+    function = attention_function(attention, stock_config(attention)._attn_implementation)
+    return function, *(getattr(module, name, None) for name in _MASKS)
+
+
+def _beside(attention: nn.Module) -> Any:
+    """The Python module in which the layer's class is written."""
+    return sys.modules[written_class(attention).__module__]
 
 
 def layer_kinds(config: Any) -> frozenset[str]:
@@ -110,9 +110,6 @@ def _why_not_class(causal_lm: PreTrainedModel) -> str | None:
     name, family = written.__name__, family_of(causal_lm)
     if not family.layers:
         return f"{name}: {family.reason}"
-    untested = layer_kinds(causal_lm.config) - family.layers
-    if untested:
-        return f"layers of the kind '{min(untested)}' are not tested for model type '{causal_lm.config.model_type}'"
     if not written.__module__.startswith("transformers.models."):
         return f"{name} is not transformers' own class, so its forward and loss are unknown"
     if hasattr(causal_lm, "_loss_function") or getattr(causal_lm, "loss_type", None) != "ForCausalLM":
@@ -120,7 +117,16 @@ def _why_not_class(causal_lm: PreTrainedModel) -> str | None:
     return None
 
 
-def _why_not_config(config: Any) -> str | None:
+def why_not_kinds(causal_lm: PreTrainedModel) -> str | None:
+    """The reason if the config asks for a kind of layer that is not tested for the model's type."""
+    untested = layer_kinds(causal_lm.config) - family_of(causal_lm).layers
+    if untested:
+        return f"layers of the kind '{min(untested)}' are not tested for model type '{causal_lm.config.model_type}'"
+    return None
+
+
+def why_not_config(config: Any) -> str | None:
+    """The reason if a setting in a model's config is one that packed rows do not honour."""
     implementation = config._attn_implementation
     if implementation not in _IMPLEMENTATIONS and not is_own(ALL_ATTENTION_FUNCTIONS.get(implementation)):
         known = "'sdpa', 'eager', 'flex_attention' and FlashAttention through transformers' function for it"
@@ -149,9 +155,13 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     return nested or [parameters]
 
 
-def why_not_inside(model: nn.Module, causal_lm: PreTrainedModel) -> str | None:
-    """The reason if a module around ``causal_lm`` may compute a loss, or change the batch, in a way of its own."""
-    around = [module for module in model.modules() if module is not causal_lm and causal_lm in set(module.modules())]
+def around_of(model: nn.Module, causal_lm: PreTrainedModel) -> list[nn.Module]:
+    """The modules of ``model`` that hold ``causal_lm``."""
+    return [module for module in model.modules() if module is not causal_lm and causal_lm in set(module.modules())]
+
+
+def why_not_inside(around: Sequence[nn.Module]) -> str | None:
+    """The reason if one of these modules around a model may compute a loss, or change the batch, in its own way."""
     for module in around:
         written = written_class(module)
         if written.__module__.split(".")[0] not in _KNOWN_WRAPPERS:
