@@ -74,6 +74,7 @@ class Step:
 
     def _watch(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._inside, self._was_packed, self._refusal = True, False, None
+        issued = again.collectives()
         try:
             output = own(*args, **kwargs)
         finally:
@@ -86,7 +87,7 @@ class Step:
         if not self._was_packed or not isinstance(loss, Tensor) or _depends_only_on(loss, losses):
             return output
         self._switch_off("training_step returns a loss that is not the model's alone, but made from more")
-        again.agree(self.run.target.trainer)
+        again.agree(self.run.target.trainer, has_collectives=again.collectives() != issued)
         return own(*args, **kwargs)
 
     def give_row(self, causal_lm: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
