@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 import fastft_hf.auto
 from fastft_lightning import FastFTLightningCallback
-from fastft_plugins import FastFTConfigError, FastFTPlugin, apply, auto
+from fastft_plugins import FastFTCallback, FastFTConfigError, FastFTPlugin, apply, auto
 from fastft_plugins.cli import launch
 from fastft_plugins.report import Report
 
@@ -173,6 +173,44 @@ def test_lightnings_plugin_goes_before_it(tmp_path, switched_on, monkeypatch):
         trainer = make_lightning_trainer(tmp_path, **options)
         names = [type(each).__name__ for each in trainer.callbacks if isinstance(each, FastFTLightningCallback)]
         assert names == [expected]
+
+
+def trl_trainer(folder, **options):
+    from trl_helpers import sft_trainer, tokens
+
+    return sft_trainer(folder, tokens(), **options)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: make_trainer(folder, tiny_model()),
+        lambda folder: make_trainer(folder, tiny_model(), callbacks=[FastFTCallback(), FastFTCallback()]),
+        lambda folder: trl_trainer(folder, fastft=True),
+    ],
+    ids=["nobody", "callbacks", "flag"],
+)
+def test_the_report_is_shown_and_saved_once_whoever_asked(tmp_path, switched_on, monkeypatch, capsys, make):
+    monkeypatch.setenv("FASTFT_REPORT", str(tmp_path / "report.json"))
+    make(tmp_path).train()
+    assert capsys.readouterr().err.count("packing        on") == 1
+    report = Report.from_dict(json.loads((tmp_path / "report.json").read_text()))
+    assert report.state == "finished" and report.features["packing"].enabled
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict, lambda: {"plugins": [FastFTPlugin()]}, lambda: {"callbacks": [FastFTLightningCallback() for _ in range(2)]}],
+    ids=["nobody", "plugin", "callbacks"],
+)
+def test_a_report_of_lightning_as_well(tmp_path, switched_on, monkeypatch, capsys, options):
+    (tmp_path / "site").mkdir()
+    declare_entry_points(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("FASTFT_REPORT", str(tmp_path / "report.json"))
+    make_lightning_trainer(tmp_path, **options()).fit(Module(), loader())
+    assert capsys.readouterr().err.count("packing        on") == 1
+    assert json.loads((tmp_path / "report.json").read_text())["state"] == "finished"
 
 
 def test_nothing_happens_without_the_variable():

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from lightning_helpers import Module, declare_entry_points, loader, make_trainer
 from process_helpers import run_in_two_processes
 
-from fastft_plugins import FastFTPlugin
+from fastft_lightning import again
+from fastft_plugins import FastFTError, FastFTPlugin
 
 SCRIPT = """
 import os
@@ -132,6 +138,16 @@ class Sometimes(OwnLossBesideTheModels):
         return super().loss(batch) if is_own else self.model(**batch).loss
 
 
+class Synchronized(Sometimes):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if "KIND" == "sync_dist":
+            self.log("of all", loss, on_step=True, sync_dist=True)
+        else:
+            self.all_gather(loss.detach())
+        return loss
+
+
 class Sharded(Sometimes):
     def configure_model(self):
         for part in (*self.model.model.layers, self.model):
@@ -141,6 +157,8 @@ class Sharded(Sometimes):
 KINDS = {
     "ddp": (Sometimes, lambda: DDPStrategy(process_group_backend="gloo")),
     "unused": (Sometimes, lambda: DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)),
+    "sync_dist": (Synchronized, lambda: DDPStrategy(process_group_backend="gloo")),
+    "all_gather": (Synchronized, lambda: DDPStrategy(process_group_backend="gloo")),
     "fsdp2": (Sharded, lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)),
 }
 make_module, make_strategy = KINDS["KIND"]
@@ -158,7 +176,7 @@ def train(ranks, plugins):
 rank = int(os.environ["RANK"])
 for ranks in ([0, 1], [1]):
     plugin = FastFTPlugin()
-    if "KIND" == "fsdp2" and ranks == [1]:
+    if "KIND" in ("fsdp2", "sync_dist", "all_gather") and ranks == [1]:
         with pytest.raises(FastFTError if rank == 1 else RuntimeError) as raised:
             train(ranks, [plugin])
         assert rank == 0 or "in some processes only" in str(raised.value)
@@ -182,11 +200,44 @@ def test_two_processes(tmp_path: Path, kind: str) -> None:
     run_in_two_processes(tmp_path, SCRIPT.replace("KIND", kind))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "unused", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "unused", "sync_dist", "all_gather", "fsdp2"])
 def test_a_process_that_runs_a_step_again_alone(tmp_path: Path, kind: str) -> None:
-    """The other one is not kept waiting; where it would be, with a sharded model, there is an error."""
+    """The other one is not kept waiting; where it would be, by a sharded model or a collective, there is an error."""
     declare_entry_points(tmp_path)
     run_in_two_processes(tmp_path, ALONE.replace("KIND", kind))
+
+
+class Store:
+    """One that runs out of patience at once, while something else happens."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self.store, self.meanwhile = torch.distributed.HashStore(), meanwhile
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def wait(self, *arguments: Any) -> None:
+        self.meanwhile()
+        raise torch.distributed.DistStoreError
+
+
+@pytest.mark.parametrize("is_in_time", [True, False])
+def test_two_processes_never_disagree_about_a_step(monkeypatch, is_in_time: bool) -> None:
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(model=None))
+    agreed = []
+
+    def arrive() -> None:
+        with contextlib.suppress(FastFTError):
+            again.agree(trainer, has_collectives=False)
+            agreed.append(True)
+
+    store = Store(arrive if is_in_time else lambda: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    arrive()
+    if not is_in_time:
+        arrive()
+    assert len(agreed) == (2 if is_in_time else 0)
 
 
 @pytest.mark.parametrize("plugins", [None, "ours"], ids=["stock", "ours"])

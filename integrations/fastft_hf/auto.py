@@ -17,25 +17,21 @@ class AutoCallback(FastFTCallback):
 
     def __init__(self) -> None:
         super().__init__(auto.config())
+        self.speaks_for_run = True
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Go last, as the flag's callback does, or go."""
+        """Go last, as the flag's callback does, or go and leave the last word to another."""
         trainer = find_trainer(self)
         if trainer is None:
             return
         move_last(self, trainer)
         *others, _ = trainer.callback_handler.callbacks
-        if any(isinstance(other, FastFTCallback) and other.is_asked_for(args) for other in others):
+        asked_for = [other for other in others if isinstance(other, FastFTCallback) and other.is_asked_for(args)]
+        if asked_for:
+            asked_for[0].speaks_for_run = True  # of several, the first one's run is that of all
             trainer.callback_handler.callbacks = others
             return
         super().on_init_end(args, state, control, **kwargs)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_train_end(args, state, control, **kwargs)
-        if state.is_world_process_zero:
-            auto.announce(self.report)
 
 
 def switch_on() -> None:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastft_hf import trainer as hf_trainer
 from fastft_hf.around_loop import stand_around_loop
+from fastft_plugins import auto
 from fastft_plugins.config import FastFTConfig
 from fastft_plugins.errors import FastFTError
 from fastft_plugins.report import Report
@@ -28,6 +29,8 @@ class FastFTCallback(TrainerCallback):
     Attributes:
         report: what was on in the last training, why, and what it saved.
 
+        speaks_for_run: whether it shows and saves its report at the end of each training, for ``fastft run``.
+
     Raises:
         FastFTConfigError: at once, for a bad config.
         FastFTError: before the first step, if a feature set to "on" cannot be on, or if another Trainer is still
@@ -37,6 +40,7 @@ class FastFTCallback(TrainerCallback):
     def __init__(self, config: FastFTConfig | Mapping[str, Any] | None = None) -> None:
         self.config = FastFTConfig.coerce(config)
         self.report = Report()
+        self.speaks_for_run = False
         self._run: Run | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -88,6 +92,8 @@ class FastFTCallback(TrainerCallback):
     ) -> None:
         self._stop()
         self._announce(state)
+        if self.speaks_for_run and state.is_world_process_zero:
+            auto.announce(self.report)
 
     def is_asked_for(self, args: TrainingArguments) -> bool:
         """Whether whoever wrote the Trainer wants this callback to act; a default one may be there without that."""

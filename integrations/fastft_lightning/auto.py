@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from importlib.metadata import entry_points
-from typing import Any
 
 from fastft_lightning.callback import FastFTLightningCallback
 from fastft_lightning.namespaces import FACTORY, FACTORY_GROUP
@@ -18,12 +17,7 @@ class AutoLightningCallback(FastFTLightningCallback):
 
     def __init__(self) -> None:
         super().__init__(auto.config())
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        is_own = self._run is not None
-        super().on_fit_end(trainer, pl_module)
-        if is_own and trainer.is_global_zero:
-            auto.announce(self.report)
+        self.speaks_for_run = True
 
 
 def switch_on() -> None:

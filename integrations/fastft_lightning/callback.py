@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft_lightning import namespaces
 from fastft_lightning.traps import warn_about_traps
+from fastft_plugins import auto
 from fastft_plugins.config import FastFTConfig
 from fastft_plugins.metrics import Window
 from fastft_plugins.report import Report
@@ -32,6 +33,7 @@ class FastFTLightningCallback(Callback):
 
     Attributes:
         report: what was on in the last training, why, and what it saved.
+        speaks_for_run: whether it shows and saves its report at the end of each training, for ``fastft run``.
 
     Raises:
         FastFTConfigError: at once, for a bad config.
@@ -41,6 +43,7 @@ class FastFTLightningCallback(Callback):
     def __init__(self, config: FastFTConfig | Mapping[str, Any] | None = None) -> None:
         self.config = FastFTConfig.coerce(config)
         self.report = Report()
+        self.speaks_for_run = False
         self._run: Run | None = None
         self._window: Window | None = None
         self._block: Run | None = None  # the `apply(trainer)` block this callback was made for
@@ -64,6 +67,8 @@ class FastFTLightningCallback(Callback):
         if self._run is not None:
             self.close()
             self._log(trainer)
+            if self.speaks_for_run and trainer.is_global_zero:
+                auto.announce(self.report)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Send our numbers to the Trainer's loggers on the steps whose own metrics it sends."""

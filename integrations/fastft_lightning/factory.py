@@ -22,6 +22,7 @@ def callbacks() -> list[Any]:
     plugin = getattr(trainer.get("_accelerator_connector"), "_layer_sync", None)
     marker = sys.modules.get("fastft_lightning.marker")
     if marker is not None and isinstance(plugin, marker.FastFTPlugin):
+        plugin.callback.speaks_for_run = auto.is_on()
         return [plugin.callback]
     return _automatic(trainer) if trainer and auto.is_on() else []
 
@@ -46,5 +47,7 @@ def _automatic(trainer: dict[str, Any]) -> list[Any]:
         logger.warning("fastft: cannot be switched on, training stays stock (%s)", error)
         return []
     # Lightning extends the user's own list, so a second Trainer with it brings the first one's callback along.
-    has_own = any(isinstance(callback, FastFTLightningCallback) for callback in trainer.get("callbacks", ()))
-    return [] if has_own else [AutoLightningCallback()]
+    own = [callback for callback in trainer.get("callbacks", ()) if isinstance(callback, FastFTLightningCallback)]
+    for callback in own:  # only the one whose run it is will speak
+        callback.speaks_for_run = True
+    return [] if own else [AutoLightningCallback()]

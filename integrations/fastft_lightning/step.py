@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from fastft_lightning import again
 from fastft_lightning.batches import MODEL_INPUTS, Twin, at, make_twin, place_of, take_twins
-from fastft_lightning.padded import PaddedLogits
+from fastft_lightning.before import Before
+from fastft_lightning.own_loss import ModelLosses
 from fastft_lightning.traps import is_checkpointing
 from fastft_plugins.errors import Declined
 from fastft_plugins.packing import METADATA_KEY
@@ -50,7 +51,7 @@ class Step:
         self._has_packed = False
         self._inside = False
         self._was_packed = False
-        self._losses: set[Any] = set()  # the autograd nodes of the losses that the model made from its labels
+        self._losses = ModelLosses()
         self._is_leak_known = False
         self._signature = inspect.signature(causal_lm.forward)
 
@@ -70,23 +71,29 @@ class Step:
 
     def training_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the user's step by ``original``, the strategy's; again on the padded batch if its loss is another."""
+        if self.is_off:
+            return original(*args, **kwargs)
         return again.watched(self.run.model, self._watch, partial(original, *args, **kwargs))
 
     def _watch(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._inside, self._was_packed, self._refusal = True, False, None
+        trainer = self.run.target.trainer
+        self._inside, self._was_packed, self._refusal, self._losses = True, False, None, ModelLosses()
+        before, issued = Before(trainer), again.collectives()
         try:
             output = own(*args, **kwargs)
         finally:
-            self._inside, losses = False, self._losses
-            self._losses = set()  # the twins stay: an optimizer may ask for the same step several times
+            self._inside = False  # the twins stay: an optimizer may ask for the same step several times
+            losses, self._losses = self._losses, ModelLosses()  # holds on to no graph
         self._has_packed |= self._was_packed
         if self._refusal is not None and not self._has_packed:
             self._switch_off(self._refusal)
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not self._was_packed or not isinstance(loss, Tensor) or _depends_only_on(loss, losses):
+        reason = losses.why_not(loss) if self._was_packed and isinstance(loss, Tensor) else None
+        if reason is None:
             return output
-        self._switch_off("training_step returns a loss that is not the model's alone, but made from more")
-        again.agree(self.run.target.trainer)
+        self._switch_off(reason)
+        again.agree(trainer, has_collectives=again.collectives() != issued)
+        before.restore()
         return own(*args, **kwargs)
 
     def give_row(self, causal_lm: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -116,14 +123,14 @@ class Step:
         if not self._inside:
             return None
         loss, metadata = getattr(output, "loss", None), kwargs.get(METADATA_KEY)
-        if loss is not None and loss.grad_fn is not None:
-            self._losses.add(loss.grad_fn)
+        if loss is not None:
+            self._losses.add(loss)
         twin = next((twin for twin in self._twins if metadata is not None and twin.metadata is metadata), None)
         if twin is None:
             return None
         self._was_packed = True
         assert twin.index_T is not None
-        output["logits"] = PaddedLogits.of(output.logits, twin.index_T, twin.inputs["input_ids"].shape)
+        output["logits"] = self._losses.padded(output.logits, twin.index_T, twin.inputs["input_ids"].shape)
         return output
 
     def _pack_others(self, batch: Any, same: Mapping[Any, Twin]) -> list[tuple[dict[str, tuple[Any, ...]], Twin]]:
@@ -181,17 +188,3 @@ class Step:
 
 def _named(batch: Any, places: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     return {name: at(batch, place) for name, place in places.items()}
-
-
-def _depends_only_on(loss: Tensor, nodes: set[Any]) -> bool:
-    """Whether no parameter is reached from ``loss`` except through ``nodes``."""
-    pending, seen = [loss.grad_fn], set(nodes)
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        if not node.next_functions:
-            return False
-        seen.add(node)
-        pending.extend(following for following, _ in node.next_functions)
-    return True
