@@ -45,6 +45,7 @@ class PlannedCheckpoint:
         # Of planned forwards: "kept", "stored", "checkpointed", "offloaded"; "retried".
         self.calls: Counter[str] = Counter()
         self._forwards = Forwards()
+        self._has_overlapped = False  # whether a forward has ever begun before the backward of the one before
         # The layers in the order of their first calls, and those called without anything to train.
         self._positions: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._frozen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -84,7 +85,7 @@ class PlannedCheckpoint:
             self._is_stale = True
         tokens, length = source.numel() // source.shape[-1], source.shape[-2] if source.dim() > 1 else 1
         if self._forwards.enter(layer, (tokens, length)):
-            self._begin(tokens, length, offload)
+            self._begin(layer, tokens, length, offload)
         position = self._positions.setdefault(layer, len(self._positions))
         if self.plan is not None:
             outputs = self._follow_plan(position, layer, function, *args, **kwargs)
@@ -153,7 +154,7 @@ class PlannedCheckpoint:
 
     def explain(self) -> str:
         """The plan of the longest row, and the figures that it was made from."""
-        if self._forwards.overlap:
+        if self._has_overlapped:
             return explanation.OVERLAP
         longest, costs = self.planning.longest, self.planning.costs
         if longest is None or costs is None:
@@ -161,15 +162,18 @@ class PlannedCheckpoint:
         tokens, room, plan = longest
         return explanation.explain(costs, plan, tokens, room)
 
-    def _begin(self, tokens: int, length: int, offload: bool) -> None:
-        """A forward over ``tokens`` tokens in rows of ``length`` begins."""
+    def _begin(self, layer: nn.Module, tokens: int, length: int, offload: bool) -> None:
+        """A forward over ``tokens`` tokens in rows of ``length`` begins with ``layer``."""
+        # Once is enough: the first of two would take the memory of the second, and nobody knows when that comes again.
+        self._has_overlapped |= self._forwards.overlap
+        self._forwards.begin(layer, (tokens, length))
         self.planning.end_measurement()
         self.plan = None
         if self._is_stale:
             self._positions.clear()
             self.planning.forget()
             self._is_stale = False
-        if self._forwards.overlap:  # the first of two would take the memory of the second
+        if self._has_overlapped:
             return
         if self.planning.covers(tokens, length, len(self._positions)):
             self.plan = self.planning.plan(tokens, length, always_offload=offload, checked=self._checked)
