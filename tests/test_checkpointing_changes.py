@@ -3,10 +3,15 @@ that fits with torch's checkpointing."""
 
 from __future__ import annotations
 
-from checkpointing_helpers import Stack, make_input, stock
+import pytest
+import torch
+from checkpointing_helpers import Layer, Stack, make_input, stock
 from simulated_device import SimulatedDevice
 from test_checkpointing_planner import planned_on
+from torch import nn
 
+from fastft_plugins.checkpointing.gradients import GradientsToCome
+from fastft_plugins.checkpointing.products import LayerProducts
 
 DEPTH, WIDTH, ROWS = 6, 64, 512
 
@@ -54,3 +59,96 @@ def test_forwards_that_once_overlapped_may_do_so_again():
     ours = planned_on(device)
     assert run(device, ours)[-1] == 0
     assert "from then on" in ours.explain()
+
+
+@pytest.mark.parametrize("change", ["frozen", "replaced"])
+def test_layers_that_go_leave_no_gap(change):
+    """Longer rows later are measured all the same."""
+    model, device = Stack(DEPTH, WIDTH).layers, SimulatedDevice()
+    ours = planned_on(device)
+
+    def before(step):
+        if step == 3 and change == "frozen":
+            model[:2].requires_grad_(False)
+        elif step == 3:
+            model[2] = Layer(9, WIDTH)
+
+    forwards = train(device, ours, model, 9, before=before, rows=lambda step: ROWS if step < 5 else 2 * ROWS)
+    assert forwards[-1] - forwards[-4] == 3, forwards
+    assert len(ours.planning.costs.whole) == (DEPTH - 2 if change == "frozen" else DEPTH)
+
+
+def test_rows_of_clearly_different_lengths_in_turns_are_all_planned():
+    model, device = Stack(2, WIDTH).layers, SimulatedDevice()
+    ours = planned_on(device)
+    with device:
+        for step in range(8):
+            out = torch.randn(*[(27, 30), (2, 300)][step % 2], WIDTH)
+            for layer in model:
+                out = ours(layer, out)
+            out.sum().backward()
+            del out
+    assert ours.forwards == 6
+
+
+class Adapted(nn.Module):
+    """Its weights may be frozen, all but an adapter's; it may take a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.adapter = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, mask=None):
+        out = x
+        for weights in self.weights:
+            out = weights(out) + 1
+        return out + self.adapter(x) if mask is None else (out * 2).softmax(-1).sigmoid().exp() * mask
+
+
+@pytest.mark.parametrize("change", ["unfrozen", "autocast", "mask"])
+@pytest.mark.parametrize("more", [1.1, 1.5, 2.0])
+def test_layers_that_come_to_hold_more_are_measured_anew(change, more):
+    def run(device, checkpoint_fn):
+        torch.manual_seed(0)
+        model = nn.ModuleList(Adapted() for _ in range(DEPTH))
+        if change == "unfrozen":
+            for layer in model:
+                layer.weights.requires_grad_(False)
+        if hasattr(checkpoint_fn, "planning"):
+            checkpoint_fn.planning.gradients = GradientsToCome(model)
+        for step in range(8):
+            is_late = step >= 4
+            if is_late:
+                model.requires_grad_(True)
+            mask = {"mask": torch.ones(WIDTH)} if change == "mask" and is_late else {}
+            with device, torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast" and not is_late):
+                out = torch.randn(4 * ROWS, WIDTH)
+                for layer in model:
+                    out = checkpoint_fn(layer, out, use_reentrant=False, **mask)
+                out.float().square().sum().backward()
+                del out
+            model.zero_grad()
+
+    plain = SimulatedDevice()
+    run(plain, stock)
+    device = SimulatedDevice(budget=more * plain.highest)
+    ours = planned_on(device)
+    run(device, ours)
+    assert device.highest <= device.budget and ours.forwards >= 4
+
+
+def test_products_whose_number_has_changed_for_good_are_learned_anew():
+    layers, products = nn.ModuleList(nn.Linear(256, 256) for _ in range(3)), LayerProducts()
+    learned = []
+    for step in range(8):
+        used = 2 if step < 3 else 3
+
+        def run(x, used=used):
+            for layer in layers[:used]:
+                x = torch.relu(layer(x))
+            return x
+
+        stock(run, make_input(step, ROWS, 256), context_fn=products.contexts).sum().backward()
+        learned.append(products.is_known and products._total)
+    assert learned == [2, 2, 2, 2, 2, False, 3, 3]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ class Measurement:
         self._gauge = gauge
         self._checkpoint = checkpoint_fn
         self._offloads = offloads
+        self.positions: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # by order of call
         self._is_over = False
         # Bytes by the layer's position: its input, what its recompute has left, and the peak in its backward.
         self._inputs: dict[int, int] = {}
@@ -67,15 +69,10 @@ class Measurement:
         self._before = gauge.allocated()
 
     def run(
-        self,
-        position: int,
-        layer: nn.Module,
-        function: Callable[..., Any],
-        *args: Any,
-        stores_products: bool,
-        **kwargs: Any,
+        self, layer: nn.Module, function: Callable[..., Any], *args: Any, stores_products: bool, **kwargs: Any
     ) -> Any:
-        """Checkpoint ``function``, a call of the ``layer`` at ``position`` with its input as the first argument."""
+        """Checkpoint ``function``, a call of ``layer`` with its input as the first argument."""
+        position = self.positions.setdefault(layer, len(self.positions))
         self._copies[position] = _autocast_copies(layer, args[0].device.type)
         is_recompute = False
 

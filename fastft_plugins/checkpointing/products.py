@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastft_plugins.checkpointing.handle import Handle
 
 MIN_BYTES = 2**20  # what is smaller stays on the device
+_MISSES = 3  # in a row, and a layer is learned anew
 _CHANGED = object()
 
 
@@ -38,6 +39,7 @@ class LayerProducts:
         self._total: int | None = None  # of a forward; None before the first recompute has ended
         self._found: tuple[list[int], Download | None] = [], None  # in the first recompute, not waited for
         self._trusted: set[int] | None = None
+        self._misses = 0
 
     @property
     def is_known(self) -> bool:
@@ -72,8 +74,17 @@ class LayerProducts:
             self._total = total  # last, as a forward in another thread may ask
 
     def has(self, total: int) -> bool:
-        """Whether a forward with so many products is like the one that was learned from."""
-        return self._total == total
+        """Whether a forward with so many products is like the one that was learned from.
+
+        After some that were not, as when an adapter has been put in or taken out, the next one is learned from.
+        """
+        if self._total == total:
+            self._misses = 0
+            return True
+        self._misses += 1
+        if self._misses == _MISSES:
+            self._misses, self._total, self._trusted = 0, None, None
+        return False
 
 
 class Call:
