@@ -152,3 +152,42 @@ def test_products_whose_number_has_changed_for_good_are_learned_anew():
         stock(run, make_input(step, ROWS, 256), context_fn=products.contexts).sum().backward()
         learned.append(products.is_known and products._total)
     assert learned == [2, 2, 2, 2, 2, False, 3, 3]
+
+
+@pytest.mark.parametrize("more", [1.2, 1.5, 2.0])
+def test_what_a_step_takes_beyond_its_plan_is_left_free_from_then_on(more):
+    """Dropout that is switched on, which nothing shows before the backward."""
+
+    class Dropping(nn.Module):
+        p = 0.0
+
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+        def forward(self, x):
+            up = nn.functional.dropout(torch.relu(self.up(x)), self.p, training=self.p > 0)
+            return x + self.down(up)
+
+    def peaks(device, checkpoint_fn):
+        model, found = nn.ModuleList(Dropping() for _ in range(DEPTH)), []
+
+        def before(step):
+            for layer in model:
+                layer.p = 0.5 * (step >= 4)
+            found.append(device.highest)
+            device.highest = 0
+
+        train(device, checkpoint_fn, model, 8, before=before)
+        return [*found[1:], device.highest]
+
+    device = SimulatedDevice(budget=more * max(peaks(SimulatedDevice(), stock)))
+    found = peaks(device, planned_on(device))
+    assert found[3] <= device.budget < found[4] and max(found[5:]) <= device.budget
+
+
+def test_steps_that_go_as_planned_leave_nothing_free():
+    device = SimulatedDevice(budget=4_000_000)
+    ours = planned_on(device)
+    train(device, ours, Stack(DEPTH, WIDTH).layers, 8, rows=lambda step: ROWS - 20 * (step % 3))
+    assert ours.calls["kept"] and ours.planning.measured.excess == 0

@@ -157,7 +157,7 @@ class PlannedCheckpoint:
         """The next one begins."""
         # Once is enough: the first of two would take the memory of the second, and nobody knows when that comes again.
         self._has_overlapped |= self._forwards.overlap
-        self.planning.end_measurement()
+        self.planning.end()
         self.plan = None
 
     def _try(self, how: str, position: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

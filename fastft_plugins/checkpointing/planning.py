@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint
+from fastft_plugins.checkpointing.expected_peak import ExpectedPeak
 from fastft_plugins.checkpointing.gauge import Gauge
 from fastft_plugins.checkpointing.gradients import GradientsToCome
 from fastft_plugins.checkpointing.known import Known, KnownForwards
@@ -37,6 +38,7 @@ class Planning:
         self.may_offload = True
         self.longest: tuple[int, float, Plan, Costs] | None = None  # the longest row: tokens, room, plan and its costs
         self._gauge = gauge
+        self._expected = ExpectedPeak(gauge)
         self._engine = engine
         self._is_warm = False  # whether a step has passed
         self._shortfall = 0.0  # bytes that were missing where layers ran out of memory
@@ -68,13 +70,17 @@ class Planning:
         self.gradients.look_again()
         to_come, trained = self.gradients.look()
         self._signature = signature, trained
+        self._expected.restart()
         checkpoint_fn = self._engine if offloads else checkpoint
         self.measurement = Measurement(
             self._gauge, tokens, checkpoint_fn, offloads=offloads, length=length, to_come=to_come
         )
 
-    def end_measurement(self) -> None:
-        """Learn from the forward before, if it was measured and its backward has come through."""
+    def end(self) -> None:
+        """Learn from the forward before, if its backward has come through and it was measured, or took too much."""
+        excess = self._expected.excess()
+        if self.measured is not None:
+            self.measured.excess += excess
         measurement, self.measurement = self.measurement, None
         if measurement is None:
             return
@@ -97,7 +103,8 @@ class Planning:
         costs, measurement = known.costs, known.measurement
         # Scores and masks of unpacked rows grow with the square of their length.
         self._tokens = int(tokens * max(1.0, length / measurement.length))
-        room = self._gauge.room() - self._shortfall - max(0, to_come - measurement.to_come)
+        to_come = max(0, to_come - measurement.to_come)
+        room = self._gauge.room() - self._shortfall - known.excess - to_come
         growth = max(1.0, self._tokens / costs.tokens)
         may_offload = self.may_offload and self._engine.holds([growth * size for size in costs.inputs])
         chosen = functools.partial(
@@ -114,6 +121,7 @@ class Planning:
             plan = with_others_stored(costs, chosen(), unknown, self._tokens, room)
         if self.longest is None or tokens >= self.longest[0]:
             self.longest = tokens, room, plan, costs
+        self._expected.expect(self._gauge.allocated() + to_come + costs.need(plan, self._tokens))
         return plan
 
     def shrink(self, plan: Plan, position: int) -> Plan:
@@ -122,6 +130,7 @@ class Planning:
         Returns the plan for the rest of the forward under way.
         """
         assert self.costs is not None
+        self._expected.pardon()
         kept = plan.run_again
         held = [*self.costs.stored[:kept], *self.costs.whole[kept:]]
         self._shortfall += (sum(held[position:]) + max(held)) * self._tokens / self.costs.tokens
