@@ -17,7 +17,7 @@ class Forwards:
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._shape: tuple[int, ...] | None = None
         self._graph: weakref.ref[_Graph] | None = None  # of the forward under way
-        self._is_done = False  # whether its backward has come to its first layer
+        self._is_done = True  # whether its backward has come to its first layer; there is none to wait for yet
 
     def enter(self, layer: nn.Module, shape: tuple[int, ...]) -> bool:
         """A layer is called with a row of that shape: whether a forward begins with it."""
@@ -38,6 +38,11 @@ class Forwards:
         """Whether the newest forward still waits for its backward, as is asked when the next one begins. A layer that
         is called several times in one forward looks the same, and so do layers with rows of their own."""
         return not self._is_done and self._graph is not None and self._graph() is not None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the backward of the newest forward has not come through, be it that it still may."""
+        return not self._is_done
 
     def leave(self, outputs: Any) -> None:
         """The layer's outputs. The graph of the first ones of a forward tells whether it still waits."""

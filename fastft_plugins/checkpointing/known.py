@@ -73,9 +73,8 @@ class KnownForwards:
         return min(found, key=lambda known: known.measurement.tokens * known.measurement.length, default=None)
 
     def forget(self, known: Known) -> None:
-        """Plan from it no more."""
-        if known in self._known:
-            self._known.remove(known)
+        """Plan no more from it, and from others whose layers were called like that."""
+        self._known = [other for other in self._known if other.signature != known.signature]
 
     def clear(self) -> None:
         """Plan from none of them any more."""

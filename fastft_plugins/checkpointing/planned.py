@@ -106,6 +106,8 @@ class PlannedCheckpoint:
         run: Callable[..., Any] = functools.partial(self._offload, position) if plan.offloads else checkpoint_layer
         if is_stored or copied:
             products = known.products.setdefault(layer, LayerProducts())
+            if products.is_outdated:
+                self.planning.forget()
             if plan.offloads:
                 contexts = functools.partial(products.contexts, offloaded=copied, stores_others=is_stored)
                 run = functools.partial(run, contexts=contexts)
@@ -155,9 +157,13 @@ class PlannedCheckpoint:
 
     def _forward_ends(self) -> None:
         """The next one begins."""
+        has_failed = self._forwards.is_unfinished and self.planning.has_failed()
         # Once is enough: the first of two would take the memory of the second, and nobody knows when that comes again.
-        self._has_overlapped |= self._forwards.overlap
+        # An error holds on to the graph that it came of, which will have no backward.
+        self._has_overlapped |= self._forwards.overlap and not has_failed
         self.planning.end()
+        if has_failed and self.plan is not None:
+            self.planning.fall_back()
         self.plan = None
 
     def _try(self, how: str, position: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

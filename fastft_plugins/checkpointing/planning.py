@@ -41,6 +41,7 @@ class Planning:
         self._expected = ExpectedPeak(gauge)
         self._engine = engine
         self._is_warm = False  # whether a step has passed
+        self._failures = gauge.failures()  # when they were asked for last
         self._shortfall = 0.0  # bytes that were missing where layers ran out of memory
         self._tokens = 0  # of the forward under way; those of a longer row count for more
         self._signature: Hashable = None  # of the forward that is measured
@@ -131,10 +132,26 @@ class Planning:
         """
         assert self.costs is not None
         self._expected.pardon()
+        self._failures = self._gauge.failures()  # this one is dealt with
         kept = plan.run_again
         held = [*self.costs.stored[:kept], *self.costs.whole[kept:]]
         self._shortfall += (sum(held[position:]) + max(held)) * self._tokens / self.costs.tokens
         return Plan(len(held), offloads=True)
+
+    def has_failed(self) -> bool:
+        """Whether memory has run out since this was asked last."""
+        before, self._failures = self._failures, self._gauge.failures()
+        return self._failures > before
+
+    def fall_back(self) -> None:
+        """A planned step ran out of memory outside of its layers' forwards, where it cannot be run again.
+
+        The next one is torch's checkpointing and measured anew, and plans from then on leave a layer's memory free.
+        """
+        assert self.measured is not None
+        costs = self.measured.costs
+        self._shortfall += max(costs.whole) * self._tokens / costs.tokens
+        self.forget()
 
     def keep_input(self, position: int) -> None:
         """The input of the layer at ``position`` cannot be offloaded: it counts as memory from now on."""

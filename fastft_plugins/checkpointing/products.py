@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastft_plugins.checkpointing.handle import Handle
 
 MIN_BYTES = 2**20  # what is smaller stays on the device
-_MISSES = 3  # in a row, and a layer is learned anew
+_MISSES = 8  # forwards in a row with another number of products, and the layer is another one
 _CHANGED = object()
 
 
@@ -74,17 +74,14 @@ class LayerProducts:
             self._total = total  # last, as a forward in another thread may ask
 
     def has(self, total: int) -> bool:
-        """Whether a forward with so many products is like the one that was learned from.
+        """Whether a forward with so many products is like the one that was learned from."""
+        self._misses = 0 if self._total == total else self._misses + 1
+        return not self._misses
 
-        After some that were not, as when an adapter has been put in or taken out, the next one is learned from.
-        """
-        if self._total == total:
-            self._misses = 0
-            return True
-        self._misses += 1
-        if self._misses == _MISSES:
-            self._misses, self._total, self._trusted = 0, None, None
-        return False
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the layer has changed for good, as when an adapter has been put in or taken out."""
+        return self._misses >= _MISSES
 
 
 class Call:
