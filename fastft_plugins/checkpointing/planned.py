@@ -45,6 +45,7 @@ class PlannedCheckpoint:
         # Of planned forwards: "kept", "stored", "checkpointed", "offloaded"; "retried".
         self.calls: Counter[str] = Counter()
         self._forwards = Forwards()
+        self._is_inside = False  # a layer that is kept whole
         self._has_overlapped = False  # whether a forward has ever begun before the backward of the one before
 
     def __call__(
@@ -72,7 +73,8 @@ class PlannedCheckpoint:
             or not may_offload()
         ):
             return self.engine(function, *args, use_reentrant=use_reentrant, **kwargs)
-        if not trains(layer, args, kwargs):
+        # What a layer holds when it is kept was measured with the layers inside of it checkpointed.
+        if self._is_inside or not trains(layer, args, kwargs):
             return checkpoint_layer(function, *args, **kwargs)
         tokens, length = source.numel() // source.shape[-1], source.shape[-2] if source.dim() > 1 else 1
         if self._forwards.enter(layer, (tokens, length)):
@@ -100,8 +102,8 @@ class PlannedCheckpoint:
             self.planning.forget()
             self.calls["checkpointed"] += 1
             return checkpoint_layer(function, *args, **kwargs)
-        if position >= plan.run_again:
-            return self._try("kept", position, keep_layer, function, *args, **kwargs)
+        if position >= plan.run_again and position not in known.measurement.changed:
+            return self._try("kept", position, self._keep, function, *args, **kwargs)
         is_stored, copied = plan.stores(position), plan.copied[position] if plan.copied else frozenset()
         run: Callable[..., Any] = functools.partial(self._offload, position) if plan.offloads else checkpoint_layer
         if is_stored or copied:
@@ -117,6 +119,13 @@ class PlannedCheckpoint:
             return self._try("stored", position, run, function, *args, **kwargs)
         self.calls["offloaded" if plan.offloads else "checkpointed"] += 1
         return run(function, *args, **kwargs)
+
+    def _keep(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._is_inside = True
+        try:
+            return keep_layer(function, *args, **kwargs)
+        finally:
+            self._is_inside = False
 
     def _offload(self, position: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         refused, stayed = self.engine.refused, self.engine.kept.total()
