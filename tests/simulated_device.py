@@ -27,6 +27,7 @@ class SimulatedDevice(TorchDispatchMode):
         self.highest = 0  # ever
         self._taken = 0
         self._peak = 0
+        self._failures = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,6 +42,7 @@ class SimulatedDevice(TorchDispatchMode):
         if key in self._known or not storage.resizable() or storage.device.type == "meta":
             return
         if self._taken + size > self.capacity:
+            self._failures += 1
             raise torch.OutOfMemoryError(f"{size} bytes asked for, {self.capacity - self._taken} are free")
         self._known.add(key)
         self._taken += size
@@ -63,6 +65,9 @@ class SimulatedDevice(TorchDispatchMode):
 
     def restart_peak(self) -> None:
         self._peak = self._taken
+
+    def failures(self) -> int:
+        return self._failures
 
     def mark(self) -> float:
         return time.perf_counter()

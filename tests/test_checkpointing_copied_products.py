@@ -62,7 +62,7 @@ def room_for(stored):
     """Memory for a step in which the inputs are offloaded and the products of so many layers are stored."""
     found = planned_on(PatientHost(budget=0))
     wide_steps(found.planning._gauge, found, 3)
-    _, room, _ = found.planning.longest
+    _, room, *_ = found.planning.longest
     return found.planning.costs.need(Plan(DEPTH - stored, stored, offloads=True), ROWS) - room + 64  # a few flags
 
 

@@ -190,16 +190,23 @@ def test_an_input_that_stays_after_all_counts_as_memory_and_the_others_go_on(mon
 
 def test_gradients_to_come_follow_what_is_trained():
     layer = nn.Linear(4, 3)
-    gradients_of_layer = GradientsToCome(layer)
-    assert gradients_of_layer.nbytes() == 0 and gradients_of_layer.look_again() == 4 * 15
+    of_layer, of_nothing = GradientsToCome(layer), GradientsToCome(None)
+    assert of_layer.nbytes() == 0
+    of_layer.look_again()
+    assert of_layer.look() == (4 * 15, (2, 4 * 15))
     layer.weight.requires_grad_(False)
-    assert gradients_of_layer.nbytes() == 4 * 3
+    assert of_layer.look() == (4 * 3, (1, 4 * 3))
     layer.requires_grad_(True)(torch.ones(4)).sum().backward()
-    assert gradients_of_layer.nbytes() == 0
+    assert of_layer.look() == (0, (2, 4 * 15))
     layer.weight = nn.Parameter(torch.ones(3, 4))
-    assert gradients_of_layer.nbytes() == 0 and gradients_of_layer.look_again() == 4 * 12
+    assert of_layer.nbytes() == 0
+    of_layer.look_again()
+    assert of_layer.nbytes() == 4 * 12
     del layer
-    assert gradients_of_layer.nbytes() == gradients_of_layer.look_again() == GradientsToCome(None).look_again() == 0
+    for each in (of_layer, of_nothing):
+        assert each.nbytes() == 0
+        each.look_again()
+        assert each.look() == (0, (0, 0))
 
 
 def test_a_function_that_is_compiled_inside_a_layer_stays_compiled():

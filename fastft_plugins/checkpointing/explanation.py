@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 NOT_MEASURED = "no step has shown yet what its layers hold, so all of them were checkpointed"
 OVERLAP = (
-    "lately forwards began before the backward of the one before, or layers were called several times in one, so all "
-    "layers were checkpointed"
+    "forwards began before the backward of the one before, or layers were called several times in one, so from then on "
+    "all layers were checkpointed"
 )
 
 

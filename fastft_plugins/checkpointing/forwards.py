@@ -8,52 +8,64 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-# After a forward that began before the backward of the one before, so many have to do without that.
-_CLEAN = 16
-
 
 class Forwards:
-    """A forward begins with a layer that has been called in it already, or with rows of another shape."""
+    """A forward begins with a layer that has been called in it already, with rows of another shape, or when the
+    backward of the one before has come through or never will."""
 
     def __init__(self) -> None:
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._shape: tuple[int, ...] | None = None
-        self._backward: weakref.ref[_Backward] | None = None  # of the forward under way
-        self._clean = _CLEAN
-
-    @property
-    def overlap(self) -> bool:
-        """Whether forwards begin, or did so lately, before the backward of the one before. A layer that is called
-        several times in one forward looks the same, and so do layers with rows of their own."""
-        return self._clean < _CLEAN
+        self._graph: weakref.ref[_Graph] | None = None  # of the forward under way
+        self._is_done = True  # whether its backward has come to its first layer; there is none to wait for yet
 
     def enter(self, layer: nn.Module, shape: tuple[int, ...]) -> bool:
         """A layer is called with a row of that shape: whether a forward begins with it."""
-        begins = layer in self._seen or shape != self._shape
-        if begins:
-            before = None if self._backward is None else self._backward()
-            self._clean = 0 if before is not None and not before.is_done else self._clean + 1
-            self._seen.clear()
-            self._shape, self._backward = shape, None
+        has_ended = self._graph is not None and not self.overlap
+        if has_ended or layer in self._seen or shape != self._shape:
+            return True
         self._seen.add(layer)
-        return begins
+        return False
+
+    def begin(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
+        """A forward begins with that layer."""
+        self._seen.clear()
+        self._seen.add(layer)
+        self._shape, self._graph, self._is_done = shape, None, False
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the newest forward still waits for its backward, as is asked when the next one begins. A layer that
+        is called several times in one forward looks the same, and so do layers with rows of their own."""
+        return not self._is_done and self._graph is not None and self._graph() is not None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the backward of the newest forward has not come through, be it that it still may."""
+        return not self._is_done
 
     def leave(self, outputs: Any) -> None:
         """The layer's outputs. The graph of the first ones of a forward tells whether it still waits."""
-        if self._backward is not None:
+        if self._graph is not None:
             return
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                backward = _Backward()
-                leaf.register_hook(backward.finish)
-                self._backward = weakref.ref(backward)
+                graph = _Graph(self)
+                leaf.register_hook(graph.finish)
+                self._graph = weakref.ref(graph)
                 return
 
+    def finish(self, graph: _Graph) -> None:
+        """The backward of that graph has come to its first layer."""
+        if self._graph is not None and self._graph() is graph:
+            self._is_done = True
 
-class _Backward:
-    """Lives as long as a forward's graph, and learns when the backward has come to its first layer."""
 
-    is_done = False
+class _Graph:
+    """Lives as long as a forward's graph."""
+
+    def __init__(self, forwards: Forwards) -> None:
+        self._forwards = forwards
 
     def finish(self, _: Tensor) -> None:
-        self.is_done = True
+        self._forwards.finish(self)

@@ -27,6 +27,9 @@ class Gauge(Protocol):
     def restart_peak(self) -> None:
         """Forget the peak so far."""
 
+    def failures(self) -> int:
+        """How often memory was asked for that was not there, so that an error was raised."""
+
     def mark(self) -> Any:
         """The time at which the device will have done all it has been given so far."""
 
@@ -83,6 +86,9 @@ class CudaGauge:
 
     def restart_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
+
+    def failures(self) -> int:
+        return int(self._stats().get("num_ooms", 0))
 
     def _allocated_bytes(self, which: str) -> int:
         return int(self._stats()["allocated_bytes"]["all"][which])

@@ -18,12 +18,23 @@ class GradientsToCome:
         self._model = None if model is None else weakref.ref(model)
         self._parameters: list[weakref.ref[nn.Parameter]] = []
 
-    def look_again(self) -> int:
-        """`nbytes` of the parameters that the model has now."""
+    def look_again(self) -> None:
+        """List the parameters that the model has now."""
         model = None if self._model is None else self._model()
         self._parameters = [] if model is None else [weakref.ref(parameter) for parameter in model.parameters()]
-        return self.nbytes()
 
     def nbytes(self) -> int:
-        alive = (parameter for reference in self._parameters if (parameter := reference()) is not None)
-        return sum(each.nbytes for each in alive if each.requires_grad and each.grad is None)
+        """Of the listed parameters."""
+        return self.look()[0]
+
+    def look(self) -> tuple[int, tuple[int, int]]:
+        """`nbytes`, and number and bytes of all listed parameters that are trained."""
+        to_come = count = trained = 0
+        for reference in self._parameters:
+            parameter = reference()
+            if parameter is not None and parameter.requires_grad:
+                size = parameter.nbytes
+                count, trained = count + 1, trained + size
+                if parameter.grad is None:
+                    to_come += size
+        return to_come, (count, trained)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastft_plugins.checkpointing.gauge import Gauge
+from fastft_plugins.checkpointing.offloaded import version_counter
 from fastft_plugins.checkpointing.planner import Costs
 from fastft_plugins.checkpointing.product_modes import CountProducts
 
@@ -52,6 +54,10 @@ class Measurement:
         self._gauge = gauge
         self._checkpoint = checkpoint_fn
         self._offloads = offloads
+        self.positions: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # by order of call
+        # The positions of layers whose outputs were changed in place after their forward. A layer that is kept whole
+        # may need them as they were, where a recompute makes them again.
+        self.changed: set[int] = set()
         self._is_over = False
         # Bytes by the layer's position: its input, what its recompute has left, and the peak in its backward.
         self._inputs: dict[int, int] = {}
@@ -67,22 +73,20 @@ class Measurement:
         self._before = gauge.allocated()
 
     def run(
-        self,
-        position: int,
-        layer: nn.Module,
-        function: Callable[..., Any],
-        *args: Any,
-        stores_products: bool,
-        **kwargs: Any,
+        self, layer: nn.Module, function: Callable[..., Any], *args: Any, stores_products: bool, **kwargs: Any
     ) -> Any:
-        """Checkpoint ``function``, a call of the ``layer`` at ``position`` with its input as the first argument."""
+        """Checkpoint ``function``, a call of ``layer`` with its input as the first argument."""
+        position = self.positions.setdefault(layer, len(self.positions))
         self._copies[position] = _autocast_copies(layer, args[0].device.type)
         is_recompute = False
+        versions: list[tuple[Tensor, int]] = []
 
         def watched(*inputs: Any, **named: Any) -> Any:
             if self._is_over or not is_recompute:
                 return function(*inputs, **named)
             self._enter_backward(position)
+            if any(counter._version != version for counter, version in versions):
+                self.changed.add(position)
             before = self._gauge.allocated()
             try:
                 if not stores_products:
@@ -97,6 +101,8 @@ class Measurement:
         begin, clock = self._gauge.mark(), time.perf_counter()
         outputs = self._checkpoint(watched, *args, use_reentrant=False, **kwargs)
         is_recompute = True
+        made = (leaf for leaf in tree_leaves(outputs) if type(leaf) is Tensor and leaf.requires_grad)
+        versions += [(version_counter(leaf), leaf._version) for leaf in made if leaf.layout == torch.strided]
         self._launch_ms.append((time.perf_counter() - clock) * 1e3)
         self._marks.append((begin, self._gauge.mark()))
         self._gauge.restart_peak()  # what a forward takes for a moment, its recompute takes too, and is seen there

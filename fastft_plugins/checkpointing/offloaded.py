@@ -94,6 +94,13 @@ def alias(tensor: Tensor) -> Tensor:
         return tensor.detach()
 
 
+def version_counter(tensor: Tensor) -> Tensor:
+    """An empty tensor whose version is that of ``tensor``, without its memory."""
+    counter = alias(tensor)
+    counter.data = counter.new_empty(0)
+    return counter
+
+
 def is_held(tensor: Tensor) -> bool:
     """Whether another tensor is in the memory of ``tensor`` too."""
     return _holders(tensor) > _ALONE

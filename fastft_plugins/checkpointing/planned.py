@@ -6,7 +6,6 @@ What is kept or stored are the same numbers that would be computed again: the re
 from __future__ import annotations
 
 import functools
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +30,7 @@ from fastft_plugins.checkpointing.planner import Plan
 from fastft_plugins.checkpointing.planning import Planning
 from fastft_plugins.checkpointing.products import LayerProducts
 from fastft_plugins.checkpointing.random_state import RandomState
+from fastft_plugins.checkpointing.signature import signature_of
 
 
 class PlannedCheckpoint:
@@ -52,11 +52,8 @@ class PlannedCheckpoint:
         # Of planned forwards: "kept", "stored", "checkpointed", "offloaded"; "retried".
         self.calls: Counter[str] = Counter()
         self._forwards = Forwards()
-        # The layers in the order of their first calls, and those called without anything to train.
-        self._positions: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        self._frozen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._products: weakref.WeakKeyDictionary[nn.Module, LayerProducts] = weakref.WeakKeyDictionary()
-        self._is_stale = False  # whether layers have come that were frozen when the costs were measured
+        self._is_inside = False  # a layer that is kept whole
+        self._has_overlapped = False  # whether a forward has ever begun before the backward of the one before
 
     def __call__(
         self,
@@ -83,42 +80,43 @@ class PlannedCheckpoint:
             or not may_offload()
         ):
             return self.engine(function, *args, use_reentrant=use_reentrant, **kwargs)
-        if not trains(layer, args, kwargs):
-            self._frozen.add(layer)
+        # What a layer holds when it is kept was measured with the layers inside of it checkpointed.
+        if self._is_inside or not trains(layer, args, kwargs):
             return checkpoint_layer(function, *args, **kwargs)
-        if layer in self._frozen:
-            self._frozen.discard(layer)
-            self._is_stale = True
         tokens, length = source.numel() // source.shape[-1], source.shape[-2] if source.dim() > 1 else 1
         if self._forwards.enter(layer, (tokens, length)):
-            self._begin(tokens, length, offload)
-        position = self._positions.setdefault(layer, len(self._positions))
+            self._forward_ends()
+            self._forwards.begin(layer, (tokens, length))
+            if not self._has_overlapped:
+                signature = signature_of(layer, function, args, kwargs)
+                self.plan = self.planning.begin(layer, signature, tokens, length, always_offload=offload)
+                self.forwards += self.plan is not None
         if self.plan is not None:
-            outputs = self._follow_plan(position, layer, function, *args, **kwargs)
+            outputs = self._follow_plan(layer, function, *args, **kwargs)
         elif (measurement := self.planning.measurement) is not None:
-            outputs = measurement.run(position, layer, function, *args, stores_products=stores_products, **kwargs)
+            outputs = measurement.run(layer, function, *args, stores_products=stores_products, **kwargs)
         else:
             checkpoint_fn: Callable[..., Any] = self.engine if offload else checkpoint_layer
             outputs = checkpoint_fn(function, *args, **kwargs)
         self._forwards.leave(outputs)
         return outputs
 
-    def _follow_plan(
-        self, position: int, layer: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        plan, costs = self.plan, self.planning.costs
-        assert plan is not None and costs is not None
-        # A layer beyond those that were measured is checkpointed.
-        is_measured = position < len(costs.whole)
-        if is_measured and position >= plan.run_again:
-            return self._try("kept", position, keep_layer, function, *args, **kwargs)
-        is_stored = is_measured and plan.stores(position)
-        copied = plan.copied[position] if is_measured and plan.copied else frozenset()
-        run: Callable[..., Any] = checkpoint_layer
-        if plan.offloads:
-            run = functools.partial(self._offload, position if is_measured else None)
+    def _follow_plan(self, layer: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        plan, known = self.plan, self.planning.measured
+        assert plan is not None and known is not None
+        position = known.positions.get(layer)
+        if position is None:  # it was not there when that was measured
+            self.planning.forget()
+            self.calls["checkpointed"] += 1
+            return checkpoint_layer(function, *args, **kwargs)
+        if position >= plan.run_again and position not in known.measurement.changed:
+            return self._try("kept", position, self._keep, function, *args, **kwargs)
+        is_stored, copied = plan.stores(position), plan.copied[position] if plan.copied else frozenset()
+        run: Callable[..., Any] = functools.partial(self._offload, position) if plan.offloads else checkpoint_layer
         if is_stored or copied:
-            products = self._products.setdefault(layer, LayerProducts())
+            products = known.products.setdefault(layer, LayerProducts())
+            if products.is_outdated:
+                self.planning.forget()
             if plan.offloads:
                 contexts = functools.partial(products.contexts, offloaded=copied, stores_others=is_stored)
                 run = functools.partial(run, contexts=contexts)
@@ -129,20 +127,26 @@ class PlannedCheckpoint:
         self.calls["offloaded" if plan.offloads else "checkpointed"] += 1
         return run(function, *args, **kwargs)
 
-    def _offload(self, position: int | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _keep(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._is_inside = True
+        try:
+            return keep_layer(function, *args, **kwargs)
+        finally:
+            self._is_inside = False
+
+    def _offload(self, position: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         refused, stayed = self.engine.refused, self.engine.kept.total()
         outputs = self.engine(function, *args, **kwargs)
         if self.engine.refused > refused:  # planned for, but there was no room: not to be planned for again
             self.planning.may_offload = False
-        elif self.engine.kept.total() > stayed and position is not None:
+        elif self.engine.kept.total() > stayed:
             self.planning.keep_input(position)
         return outputs
 
     def close(self) -> None:
         """Free the host memory, and forget the layers."""
         self.engine.close()
-        self._positions.clear()
-        self._products.clear()
+        self.planning.known.clear()
         self.plan, self.planning.measurement = None, None
 
     def __reduce__(self) -> Any:
@@ -155,39 +159,28 @@ class PlannedCheckpoint:
         figures |= {f"{kind}_layers": calls / self.forwards for kind, calls in self.calls.items() if self.forwards}
         measured = self.planning.measured
         if measured is not None and self.calls["kept"] + self.calls["stored"]:
-            figures |= {"layer_forward_ms": measured.layer_milliseconds}
+            figures |= {"layer_forward_ms": measured.measurement.layer_milliseconds}
         return figures | (self.engine.metrics() if self.engine.offloaded else {})
 
     def explain(self) -> str:
         """The plan of the longest row, and the figures that it was made from."""
-        if self._forwards.overlap:
+        if self._has_overlapped:
             return explanation.OVERLAP
-        longest, costs = self.planning.longest, self.planning.costs
-        if longest is None or costs is None:
+        if self.planning.longest is None:
             return explanation.NOT_MEASURED
-        tokens, room, plan = longest
+        tokens, room, plan, costs = self.planning.longest
         return explanation.explain(costs, plan, tokens, room)
 
-    def _begin(self, tokens: int, length: int, offload: bool) -> None:
-        """A forward over ``tokens`` tokens in rows of ``length`` begins."""
-        self.planning.end_measurement()
+    def _forward_ends(self) -> None:
+        """The next one begins."""
+        has_failed = self._forwards.is_unfinished and self.planning.has_failed()
+        # Once is enough: the first of two would take the memory of the second, and nobody knows when that comes again.
+        # An error holds on to the graph that it came of, which will have no backward.
+        self._has_overlapped |= self._forwards.overlap and not has_failed
+        self.planning.end()
+        if has_failed and self.plan is not None:
+            self.planning.fall_back()
         self.plan = None
-        if self._is_stale:
-            self._positions.clear()
-            self.planning.forget()
-            self._is_stale = False
-        if self._forwards.overlap:  # the first of two would take the memory of the second
-            return
-        if self.planning.covers(tokens, length, len(self._positions)):
-            self.plan = self.planning.plan(tokens, length, always_offload=offload, checked=self._checked)
-            self.forwards += 1
-        else:
-            self.planning.begin_measurement(tokens, length, offloads=offload)
-
-    def _checked(self) -> set[int]:
-        """The positions of the layers whose products have been checked."""
-        known = (self._positions.get(layer) for layer, products in self._products.items() if products.is_known)
-        return {position for position in known if position is not None}
 
     def _try(self, how: str, position: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a layer as planned; without memory for that, again with only its input, offloaded, where that is safe."""

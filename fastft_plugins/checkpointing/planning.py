@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Hashable
 from dataclasses import replace
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint
+from fastft_plugins.checkpointing.expected_peak import ExpectedPeak
 from fastft_plugins.checkpointing.gauge import Gauge
 from fastft_plugins.checkpointing.gradients import GradientsToCome
+from fastft_plugins.checkpointing.known import Known, KnownForwards
 from fastft_plugins.checkpointing.measurement import Measurement
 from fastft_plugins.checkpointing.planner import Costs, Plan, choose, with_others_stored
 
-# A row this many times longer than the one measured is measured itself; up to there, costs are taken to grow with it.
-_LONGER = 1.25
 # Of what the link to host memory could copy while a layer's forward runs, what is planned with.
 _LINK_SHARE = 0.8
 
@@ -31,32 +31,57 @@ class Planning:
     """
 
     def __init__(self, gauge: Gauge, engine: OffloadCheckpoint, model: nn.Module | None) -> None:
-        self.costs: Costs | None = None
-        self.measured: Measurement | None = None  # that the costs are from
+        self.known = KnownForwards()
+        self.measured: Known | None = None  # that the newest plan is from, or that was measured last
         self.measurement: Measurement | None = None  # of the forward under way, or of the one before
         self.gradients = GradientsToCome(model)
         self.may_offload = True
-        self.longest: tuple[int, float, Plan] | None = None  # the longest row: tokens, room and plan
+        self.longest: tuple[int, float, Plan, Costs] | None = None  # the longest row: tokens, room, plan and its costs
         self._gauge = gauge
+        self._expected = ExpectedPeak(gauge)
         self._engine = engine
         self._is_warm = False  # whether a step has passed
+        self._failures = gauge.failures()  # when they were asked for last
         self._shortfall = 0.0  # bytes that were missing where layers ran out of memory
         self._tokens = 0  # of the forward under way; those of a longer row count for more
-        self._copied: tuple[float, tuple[frozenset[int], ...]] | None = None  # what a link of that speed has time for
+        self._signature: Hashable = None  # of the forward that is measured
 
-    def begin_measurement(self, tokens: int, length: int, *, offloads: bool) -> None:
+    @property
+    def costs(self) -> Costs | None:
+        """Of the measured forward."""
+        return None if self.measured is None else self.measured.costs
+
+    def begin(
+        self, layer: nn.Module, signature: Hashable, tokens: int, length: int, *, always_offload: bool
+    ) -> Plan | None:
+        """The plan of a forward over ``tokens`` tokens in rows of ``length`` that begins now with ``layer``.
+
+        None if no forward has been measured that is like it; then it is measured itself.
+        """
+        to_come, trained = self.gradients.look()
+        known = self.known.find((signature, trained), layer, tokens, length)
+        if known is None:
+            self._begin_measurement(signature, tokens, length, offloads=always_offload)
+            return None
+        self.measured = known
+        return self._plan(known, tokens, length, to_come, always_offload=always_offload)
+
+    def _begin_measurement(self, signature: Hashable, tokens: int, length: int, *, offloads: bool) -> None:
         """A forward begins now in which every layer is checkpointed, by the engine if it ``offloads``."""
+        self.gradients.look_again()
+        to_come, trained = self.gradients.look()
+        self._signature = signature, trained
+        self._expected.restart()
+        checkpoint_fn = self._engine if offloads else checkpoint
         self.measurement = Measurement(
-            self._gauge,
-            tokens,
-            self._engine if offloads else checkpoint,
-            offloads=offloads,
-            length=length,
-            to_come=self.gradients.look_again(),
+            self._gauge, tokens, checkpoint_fn, offloads=offloads, length=length, to_come=to_come
         )
 
-    def end_measurement(self) -> None:
-        """Learn from the forward before, if it was measured and its backward has come through."""
+    def end(self) -> None:
+        """Learn from the forward before, if its backward has come through and it was measured, or took too much."""
+        excess = self._expected.excess()
+        if self.measured is not None:
+            self.measured.excess += excess
         measurement, self.measurement = self.measurement, None
         if measurement is None:
             return
@@ -66,45 +91,38 @@ class Planning:
             return
         # The first step is not like the others: kernels are loaded in it, and memory is allocated for good.
         if self._is_warm:
-            self.costs, self.measured, self._copied = found, measurement, None
+            self.measured = Known(self._signature, measurement, found)
+            self.known.add(self.measured)
         self._is_warm = True
 
     def forget(self) -> None:
-        """The layers are others now."""
-        self.costs = None
+        """What the newest plan was made from is not so any more."""
+        if self.measured is not None:
+            self.known.forget(self.measured)
 
-    def covers(self, tokens: int, length: int, layers: int) -> bool:
-        """Whether a forward of ``layers`` layers over ``tokens`` tokens in rows of ``length`` can be planned."""
-        if self.costs is None or self.measured is None or len(self.costs.whole) < layers:
-            return False
-        return tokens <= _LONGER * self.costs.tokens and length <= _LONGER * self.measured.length
-
-    def plan(self, tokens: int, length: int, *, always_offload: bool, checked: Callable[[], set[int]]) -> Plan:
-        """The plan of a forward that begins now and is covered.
-
-        ``checked``: the positions of the layers whose products have been.
-        """
-        assert self.costs is not None and self.measured is not None
+    def _plan(self, known: Known, tokens: int, length: int, to_come: int, *, always_offload: bool) -> Plan:
+        costs, measurement = known.costs, known.measurement
         # Scores and masks of unpacked rows grow with the square of their length.
-        self._tokens = int(tokens * max(1.0, length / self.measured.length))
-        to_come = max(0, self.gradients.nbytes() - self.measured.to_come)
-        room = self._gauge.room() - self._shortfall - to_come
-        growth = max(1.0, self._tokens / self.costs.tokens)
-        may_offload = self.may_offload and self._engine.holds([growth * size for size in self.costs.inputs])
+        self._tokens = int(tokens * max(1.0, length / measurement.length))
+        to_come = max(0, to_come - measurement.to_come)
+        room = self._gauge.room() - self._shortfall - known.excess - to_come
+        growth = max(1.0, self._tokens / costs.tokens)
+        may_offload = self.may_offload and self._engine.holds([growth * size for size in costs.inputs])
         chosen = functools.partial(
-            choose, self.costs, self._tokens, room, always_offload=always_offload, may_offload=may_offload
+            choose, costs, self._tokens, room, always_offload=always_offload, may_offload=may_offload
         )
-        has_products = any(self.costs.products)
+        has_products = any(costs.products)
         speed = self._engine.speed() if has_products else None
-        plan = chosen(copied=() if speed is None else self._copies(speed, growth))
+        plan = chosen(copied=() if speed is None else self._copies(known, speed, growth))
         if plan.run_again and may_offload and has_products and speed is None:
             plan = chosen(always_offload=True)  # to know the link's speed
-        known = checked() if plan.copied else range(plan.run_again)
-        unknown = [position for position in range(plan.run_again) if position not in known]
+        checked = known.checked() if plan.copied else range(plan.run_again)
+        unknown = [position for position in range(plan.run_again) if position not in checked]
         if unknown:  # what is copied has been checked before: meanwhile, as many layers as there is room for are
-            plan = with_others_stored(self.costs, chosen(), unknown, self._tokens, room)
+            plan = with_others_stored(costs, chosen(), unknown, self._tokens, room)
         if self.longest is None or tokens >= self.longest[0]:
-            self.longest = tokens, room, plan
+            self.longest = tokens, room, plan, costs
+        self._expected.expect(self._gauge.allocated() + to_come + costs.need(plan, self._tokens))
         return plan
 
     def shrink(self, plan: Plan, position: int) -> Plan:
@@ -113,23 +131,41 @@ class Planning:
         Returns the plan for the rest of the forward under way.
         """
         assert self.costs is not None
+        self._expected.pardon()
+        self._failures = self._gauge.failures()  # this one is dealt with
         kept = plan.run_again
         held = [*self.costs.stored[:kept], *self.costs.whole[kept:]]
         self._shortfall += (sum(held[position:]) + max(held)) * self._tokens / self.costs.tokens
         return Plan(len(held), offloads=True)
 
+    def has_failed(self) -> bool:
+        """Whether memory has run out since this was asked last."""
+        before, self._failures = self._failures, self._gauge.failures()
+        return self._failures > before
+
+    def fall_back(self) -> None:
+        """A planned step ran out of memory outside of its layers' forwards, where it cannot be run again.
+
+        The next one is torch's checkpointing and measured anew, and plans from then on leave a layer's memory free.
+        """
+        assert self.measured is not None
+        costs = self.measured.costs
+        self._shortfall += max(costs.whole) * self._tokens / costs.tokens
+        self.forget()
+
     def keep_input(self, position: int) -> None:
         """The input of the layer at ``position`` cannot be offloaded: it counts as memory from now on."""
-        assert self.costs is not None
-        if position not in self.costs.staying:
-            self.costs = replace(self.costs, staying=self.costs.staying | {position})
+        assert self.measured is not None
+        costs = self.measured.costs
+        if position not in costs.staying:
+            self.measured.costs = replace(costs, staying=costs.staying | {position})
 
-    def _copies(self, speed: float, growth: float) -> tuple[frozenset[int], ...]:
+    def _copies(self, known: Known, speed: float, growth: float) -> tuple[frozenset[int], ...]:
         """Of each layer, the products that there is time to copy to host memory beside its forward, and room for."""
-        assert self.costs is not None and self.measured is not None
-        if self._copied is None or self._copied[0] != speed:
-            link = _LINK_SHARE * speed * self.measured.layer_milliseconds - max(self.costs.inputs)
-            self._copied = speed, self.costs.largest(link, least=self._engine.min_bytes)
-        _, copied = self._copied
-        sizes = [sizes[index] for sizes, chosen in zip(self.costs.products, copied, strict=False) for index in chosen]
-        return copied if self._engine.holds([growth * size for size in (*self.costs.inputs, *sizes)]) else ()
+        costs = known.costs
+        if known.copied is None or known.copied[0] != speed:
+            link = _LINK_SHARE * speed * known.measurement.layer_milliseconds - max(costs.inputs)
+            known.copied = speed, costs.largest(link, least=self._engine.min_bytes)
+        _, copied = known.copied
+        sizes = [sizes[index] for sizes, chosen in zip(costs.products, copied, strict=False) for index in chosen]
+        return copied if self._engine.holds([growth * size for size in (*costs.inputs, *sizes)]) else ()

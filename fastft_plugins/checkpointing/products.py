@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastft_plugins.checkpointing.handle import Handle
 
 MIN_BYTES = 2**20  # what is smaller stays on the device
+_MISSES = 8  # forwards in a row with another number of products, and the layer is another one
 _CHANGED = object()
 
 
@@ -38,6 +39,7 @@ class LayerProducts:
         self._total: int | None = None  # of a forward; None before the first recompute has ended
         self._found: tuple[list[int], Download | None] = [], None  # in the first recompute, not waited for
         self._trusted: set[int] | None = None
+        self._misses = 0
 
     @property
     def is_known(self) -> bool:
@@ -73,7 +75,13 @@ class LayerProducts:
 
     def has(self, total: int) -> bool:
         """Whether a forward with so many products is like the one that was learned from."""
-        return self._total == total
+        self._misses = 0 if self._total == total else self._misses + 1
+        return not self._misses
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the layer has changed for good, as when an adapter has been put in or taken out."""
+        return self._misses >= _MISSES
 
 
 class Call:
