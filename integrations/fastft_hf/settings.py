@@ -67,8 +67,8 @@ class Settings:
     def _remember(self) -> None:
         attentions = self._of[2]
         self._held = _configs(*self._of)
-        self._configs = list(map(vars, self._held))
-        self._layers = list(map(vars, attentions))
+        self._configs = [vars(config) for config in self._held]
+        self._layers = [vars(attention) for attention in attentions]
         kinds = {(type(attention), id(stock_config(attention))): attention for attention in attentions}
         self._kinds = list(kinds.values())
         self._seen = self._look()
@@ -78,7 +78,7 @@ class Settings:
         return [
             id(causal_lm.config),  # the configs themselves are held, so that no other gets their ids
             id(decoder.config),
-            *map(dict.copy, self._configs),
+            *(config.copy() for config in self._configs),
             *(tuple(config.get("layer_types") or ()) for config in self._configs),  # a list, changed in its place
             *(layer.get(name) for layer in self._layers for name in _OF_LAYERS),
             *map(attention_functions, self._kinds),
