@@ -107,8 +107,8 @@ class PlannedCheckpoint:
         position = known.positions.get(layer)
         if position is None:  # it was not there when that was measured
             self.planning.forget()
-            self.calls["checkpointed"] += 1
-            return checkpoint_layer(function, *args, **kwargs)
+            self.calls["offloaded" if plan.offloads else "checkpointed"] += 1
+            return (self.engine if plan.offloads else checkpoint_layer)(function, *args, **kwargs)
         if position >= plan.run_again and position not in known.measurement.changed:
             return self._try("kept", position, self._keep, function, *args, **kwargs)
         is_stored, copied = plan.stores(position), plan.copied[position] if plan.copied else frozenset()
