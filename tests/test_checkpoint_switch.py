@@ -44,14 +44,14 @@ class Functions(TrainerCallback):
 def test_trl_switches_around_forwards_and_the_planner_serves_on(make, bytes_left, lazy, room, tmp_path):
     room.bytes, results = bytes_left, []
     for flag in (False, True):
-        trainer = getattr(trl_helpers, make)(tmp_path, max_steps=4, fastft=flag, **OPTIONS)
+        trainer = getattr(trl_helpers, make)(tmp_path, max_steps=8, fastft=flag, **OPTIONS)
         trainer.add_callback(seen := Functions())
         trainer.train()
         results.append(trainer)
     stock, ours = results
     assert losses(ours) == losses(stock) and losses(ours)
     assert_equal(ours.model.state_dict(), stock.model.state_dict())
-    assert seen.seen == 4 * [{"CheckpointFunction"}]
+    assert seen.seen == 8 * [{"CheckpointFunction"}]
     report = fastft_trl.report_of(ours)
     entry = report.features["checkpointing"]
     assert entry.enabled and entry.metrics["planned_forwards"] >= 2, str(report)

@@ -51,15 +51,6 @@ def longer_each_time(model):
         model(input_ids=ids, labels=ids).loss.backward()
 
 
-def thawed(model):
-    first, ids = model.model.layers[0], torch.ones(2, 9, dtype=torch.long)
-    model.model.embed_tokens.requires_grad_(False)
-    model.disable_input_require_grads()
-    for trains in (False, False, False, False, True, True):
-        first.requires_grad_(trains)
-        model(input_ids=ids, labels=ids).loss.backward()
-
-
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("train", "words"),
@@ -71,7 +62,6 @@ def thawed(model):
         (two_steps, "too few forwards came"),
         (off_after_one_step, "too few forwards came"),
         (longer_each_time, "each had much longer rows"),
-        (thawed, "none since layers train that were frozen before"),
     ],
 )
 def test_a_report_without_a_plan_says_what_is_known(train, words, lazy):

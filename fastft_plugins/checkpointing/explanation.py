@@ -35,11 +35,9 @@ def explain(costs: Costs, plan: Plan, tokens: int, room: float) -> str:
 
 
 def why_unplanned(planned: PlannedCheckpoint) -> str:
-    """What is known of why ``planned`` has no plan to explain, in a run that is about to end."""
+    """What is known of why ``planned`` has planned no forward, in a run that is about to end."""
     planning = planned.planning
-    if planned.forwards:
-        why = f"{planned.forwards:,} forwards were planned, and none since layers train that were frozen before"
-    elif planning.measurement is None:
+    if planning.measurement is None:
         why = (
             "no call of a layer was one to plan for: they are compiled, ran without gradients, under options or hooks "
             "of others, or call another function"
