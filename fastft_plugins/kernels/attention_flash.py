@@ -40,38 +40,26 @@ def flash_attention(
         v_TGD = pad(v_TGD, (0, head_dim - value_dim))
     if sinks_H is not None:
         sinks_H = sinks_H.float()  # so that the gradients of several launches add up in fp32
+
+    def launch(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        call = (q_THD, k_TGD, v_TGD, cu_seqlens, max_seqlen, scale, window)
+        if sinks_H is None:  # torch's own derivative is the same kernel, and costs the host less than one in Python
+            return _forward(*call)[0]
+        out_THD: Tensor = _WithSinks.apply(*call, sinks_H)  # type: ignore[no-untyped-call]
+        return out_THD
+
     ranges = split_documents(lengths, heads, head_dim)
     if len(ranges) == 1:
-        out_THD = _launch(q_THD, k_TGD, v_TGD, cu_seqlens, max_seqlen, scale, window, sinks_H)
+        out_THD = launch(q_THD, k_TGD, v_TGD, cu_seqlens, max_seqlen)
     else:
         outputs = []
         for first, last in ranges:
             start = sum(lengths[:first])
             rows = slice(start, start + sum(lengths[first:last]))
             cu, longest = cu_seqlens[first : last + 1] - start, max(lengths[first:last])
-            outputs.append(_launch(q_THD[rows], k_TGD[rows], v_TGD[rows], cu, longest, scale, window, sinks_H))
+            outputs.append(launch(q_THD[rows], k_TGD[rows], v_TGD[rows], cu, longest))
         out_THD = torch.cat(outputs)
     return out_THD if value_dim == head_dim else out_THD[..., :value_dim]
-
-
-def _launch(
-    q_THD: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: int | None,
-    sinks_H: Tensor | None,
-) -> Tensor:
-    out_THD: Tensor
-    if sinks_H is None:  # torch's own derivative is the same kernel, and costs the host less than a function in Python
-        out_THD, *_ = _forward(q_THD, k_TGD, v_TGD, cu_seqlens, max_seqlen, scale, window)
-    else:
-        out_THD = _WithSinks.apply(  # type: ignore[no-untyped-call]
-            q_THD, k_TGD, v_TGD, cu_seqlens, max_seqlen, scale, window, sinks_H
-        )
-    return out_THD
 
 
 def _forward(
