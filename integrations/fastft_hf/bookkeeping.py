@@ -9,12 +9,13 @@ a step in place of 15 ms for the 1,337 modules of Llama-1B with LoRA, on one cor
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from fastft_hf.model_method import ModelMethod
+from fastft_hf.targets import is_data_parallel, makes_model_anew
 from fastft_plugins.errors import NothingToWin
 from fastft_plugins.run import Run
 
@@ -45,22 +46,10 @@ class BookkeepingFeature:
         """See `fastft_plugins.run.Feature`."""
 
 
-class _Method:
-    """In the place of a method of one model. A copy or pickle, as part of a model, is the stock method of the copy."""
-
+class _Walk(ModelMethod):
     def __init__(self, model: nn.Module, name: str) -> None:
-        self.name = name
-        self._model = weakref.ref(model)
-        self._known: set[type] = set()  # classes without walks of their own
-
-    @property
-    def model(self) -> nn.Module:
-        model = self._model()
-        assert model is not None  # whoever calls its method holds it
-        return model
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.model, self.name)  # of a copy that has no attributes yet: its class's method
+        super().__init__(model, name)
+        self._plain: set[type] = set()  # classes that are known to walk as torch does
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
         """What the model does without a run."""
@@ -69,22 +58,29 @@ class _Method:
     def modules(self) -> list[nn.Module] | None:
         """All modules of the model, in torch's order; None if one of them has a way of its own to walk."""
         modules = modules_of(self.model)
-        new = set(map(type, modules)) - self._known
-        if any(getattr(kind, name) is not getattr(nn.Module, name) for kind in new for name in _WALKS):
+        new = set(map(type, modules)) - self._plain
+        if not all(map(self._is_plain, new)):
             return None
-        self._known |= new
+        self._plain |= new
         return modules
 
+    def _is_plain(self, kind: type) -> bool:
+        return all(getattr(kind, name) is getattr(nn.Module, name) for name in _WALKS)
 
-class _Train(_Method):
+
+class _Train(_Walk):
     """`nn.Module.train`, which has nothing to do where every module is in that mode already."""
 
     def __call__(self, mode: bool = True) -> nn.Module:
         modules = self.modules()
-        is_there = modules is not None and all(map(_trains_as_stock, self._known))
-        if is_there and all(self._is_in(mode, module) for module in modules or ()):
+        if modules is not None and all(self._is_in(mode, module) for module in modules):
             return self.model
         return self.stock(mode)  # type: ignore[no-any-return]
+
+    def _is_plain(self, kind: type) -> bool:
+        from transformers import PreTrainedModel
+
+        return super()._is_plain(kind) and getattr(kind, "train", None) in (nn.Module.train, PreTrainedModel.train)
 
     def _is_in(self, mode: bool, module: nn.Module) -> bool:
         state = vars(module)
@@ -93,7 +89,7 @@ class _Train(_Method):
         return state.get("training") is mode and not is_own
 
 
-class _Parameters(_Method):
+class _Parameters(_Walk):
     """`nn.Module.parameters`, which `zero_grad` calls, too."""
 
     def __call__(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -103,7 +99,7 @@ class _Parameters(_Method):
         return iter(parameters_of(modules))
 
 
-class _NumParameters(_Method):
+class _NumParameters(_Walk):
     """transformers' `num_parameters`, as long as the parameters are the same."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -142,9 +138,9 @@ def _why_not(run: Run) -> str | None:
     trainer = run.target.trainer
     if "transformers" not in sys.modules or not _is_trainer(trainer):
         return "only transformers' Trainer walks through the model between steps, and this run has none"
-    if isinstance(run.model, nn.DataParallel) or trainer.args.n_gpu > 1:
+    if is_data_parallel(run):
         return "DataParallel copies the model's methods with the model"
-    if getattr(trainer, "model_init", None) is not None and not run.target.in_training:
+    if makes_model_anew(run):
         return "the Trainer makes its model anew in train() (model_init)"
     is_plain = type(run.model).__setattr__ is nn.Module.__setattr__
     if not is_plain or _Parameters(run.model, "parameters").modules() is None:
@@ -156,12 +152,6 @@ def _is_trainer(trainer: Any) -> bool:
     from transformers import Trainer
 
     return isinstance(trainer, Trainer)
-
-
-def _trains_as_stock(kind: type) -> bool:
-    from transformers import PreTrainedModel
-
-    return getattr(kind, "train", None) in (nn.Module.train, PreTrainedModel.train)
 
 
 def _counted(model: nn.Module) -> nn.Module | None:

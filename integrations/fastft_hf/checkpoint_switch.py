@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastft_hf.model_method import ModelMethod
 from fastft_plugins.ledger import Ledger
 
 # What all that switches on or off comes to, under old names ("gradient") and new ones ("activation").
@@ -24,17 +25,13 @@ def follow_switch(model: nn.Module, ledger: Ledger, before: Callable[[], None], 
             ledger.setattr(module, _SWITCH, _Switch(module, before, after))
 
 
-class _Switch:
-    """In the place of a model's own method. In a copy or pickle of the model it is that method."""
-
+class _Switch(ModelMethod):
     def __init__(self, model: PreTrainedModel, before: Callable[[], None], after: Callable[[], None]) -> None:
+        super().__init__(model, _SWITCH)
         self.__wrapped__ = getattr(model, _SWITCH)  # transformers looks at its signature
-        self._model, self._before, self._after = model, before, after
+        self._before, self._after = before, after
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self._before()
         self.__wrapped__(*args, **kwargs)
         self._after()
-
-    def __reduce__(self) -> Any:
-        return getattr, (self._model, _SWITCH)  # the copy has no attributes of its own yet, so it is the class's

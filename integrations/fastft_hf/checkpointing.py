@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from fastft_hf.adapter_first import AdaptersFirst, has_adapters
 from fastft_hf.checkpoint_functions import FUNCTION, REENTRANT, CheckpointFunction, is_checkpointed, is_flex, why_not
 from fastft_hf.checkpoint_switch import follow_switch
+from fastft_hf.targets import is_data_parallel
 from fastft_plugins.errors import Declined, NothingToWin
 from fastft_plugins.ledger import Ledger
 from fastft_plugins.report import FeatureReport
@@ -37,7 +37,7 @@ def inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str | None:
     is_later = any(getattr(args, name, False) for name in _NAMES) and not run.target.in_training
     if not is_later and not any(map(is_checkpointed, run.model.modules())):
         raise NothingToWin(_OFF)
-    if isinstance(run.model, nn.DataParallel) or getattr(args, "n_gpu", 1) > 1:
+    if is_data_parallel(run):
         raise Declined("DataParallel copies the layers to every GPU at each step; launch one process per GPU")
     if getattr(args, "activation_offloading", False):
         raise Declined("activation_offloading=True: TRL's own offloading copies all that is saved")

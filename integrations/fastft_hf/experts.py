@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from fastft_hf import experts_lora
 from fastft_hf.stand_in import StandInConfig
+from fastft_hf.targets import is_data_parallel
 from fastft_plugins.errors import Declined, NothingToWin
 from fastft_plugins.run import Run
 
@@ -39,7 +40,7 @@ def inject_experts(run: Run, experts_fn: Callable[..., Tensor]) -> str | None:
     experts = [module for module in run.model.modules() if _is_experts(module)]
     if not experts:
         raise NothingToWin("the model has no experts behind transformers' experts interface")
-    if isinstance(run.model, nn.DataParallel) or getattr(getattr(run.target.trainer, "args", None), "n_gpu", 1) > 1:
+    if is_data_parallel(run):
         raise Declined("DataParallel copies the experts to every GPU at each step; launch one process per GPU")
     kept = Counter(reason for module in experts if (reason := _why_not(module)) is not None)
     served = [module for module in experts if _why_not(module) is None]

@@ -88,7 +88,9 @@ def fastft_inject_reloader(run: Run, checkpoint_fn: Callable[..., Any]) -> str |
 
 def _check_that_the_model_stays(run: Run) -> None:
     """Raise `Declined` for a block around a Trainer that replaces its model when it trains."""
-    if getattr(run.target.trainer, "model_init", None) is not None and not run.target.in_training:
+    from fastft_hf.targets import makes_model_anew
+
+    if makes_model_anew(run):
         raise Declined(
             "the Trainer makes its model anew in train() (model_init): use FastFTCallback, which starts then"
         )
