@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from gpu_helpers import host_syncs_are_errors, relative_error
 from test_gpu import on_gpu, padded_batch, small_model
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import import_utils
 
 from fastft_plugins import apply
 from fastft_plugins.packing import PaddingFreeCollator
@@ -14,9 +14,15 @@ pytestmark = pytest.mark.gpu
 
 IMPLEMENTATIONS = [
     "flex_attention",
-    pytest.param(
-        "flash_attention_2",
-        marks=pytest.mark.skipif(not is_flash_attn_2_available(), reason="FlashAttention 2 is not installed"),
+    *(
+        pytest.param(
+            f"flash_attention_{version}",
+            marks=pytest.mark.skipif(
+                not getattr(import_utils, f"is_flash_attn_{version}_available", lambda: False)(),
+                reason=f"FlashAttention {version} is not installed",
+            ),
+        )
+        for version in (2, 3, 4)
     ),
 ]
 
