@@ -24,8 +24,9 @@ TENSORS = ("cu_seqlens", "position_ids", "seq_idx")
 
 def test_a_download_is_there_once_the_device_has_come_to_it():
     numbers = torch.arange(4, device="cuda")
-    Download(numbers)  # the first one allocates page-locked memory, which takes as long as the device sleeps
-    torch.cuda.synchronize()  # else that memory is still in use, and the second one allocates as well
+    numbers += 0  # a kernel's first launch loads it, and a first download allocates page-locked memory: both wait
+    Download(numbers)
+    torch.cuda.synchronize()
     with host_syncs_are_errors():
         torch.cuda._sleep(100_000_000)
         numbers += 1
