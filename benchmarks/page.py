@@ -35,7 +35,9 @@ INTRODUCTION = Path(__file__).with_suffix(".md")
 THEMES = {
     "padded": ("Padded batches", ""),
     "packed": ("Packed rows", ""),
-    "trl": ("Supervised fine-tuning with TRL", ""),
+    "sft": ("Supervised fine-tuning with TRL", ""),
+    "lightning": ("Lightning, padded batches", ""),
+    "off": ("Every feature off", "What it costs to have the callback there with nothing switched on."),
     "metadata": ("Metadata once a batch", ""),
     "experts_block": (
         "One mixture-of-experts block",
