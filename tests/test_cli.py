@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from demo_helpers import save_tiny_model
 from rich.console import Console
 
@@ -42,7 +44,7 @@ def test_help_imports_no_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("run", "doctor", "env", "plugins", "report", "demo"))
+    assert all(command in done.stdout for command in ("run", "doctor", "env", "plugins", "report", "bench", "demo"))
 
 
 def test_python_m_is_the_same_program() -> None:
@@ -254,3 +256,29 @@ def test_the_report_fits_the_terminal(fastft: Any, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("COLUMNS", "80")
     _, text, _ = fastft("report", file)
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_bench_is_the_benchmarks_of_the_repository(tmp_path: Path) -> None:
+    def fastft_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "fastft_plugins", "bench", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)},
+        )
+
+    shown = fastft_bench("--help")
+    assert shown.returncode == 0 and "--stacks" in shown.stdout, shown.stderr
+    wrong = fastft_bench("--smoke", "--shape", "llama-2b")
+    assert wrong.returncode == 2 and "llama-1b" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_bench_says_what_it_lacks(fastft: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, errors = fastft("bench", "--shape", "llama-1b")
+    assert code == 2 and "--smoke" in errors and "GPU" in errors
+    monkeypatch.setattr("fastft_plugins.cli.bench._REPOSITORY", tmp_path)
+    code, _, errors = fastft("bench", "--smoke")
+    assert code == 2 and "clone" in errors and str(tmp_path) in errors

@@ -126,6 +126,19 @@ def report(file: Annotated[Path, typer.Argument(help="A saved report, or the rep
         print(f"fastft: {error}", file=sys.stderr)
 
 
+@app.command(
+    add_help_option=False,  # the benchmarks' own help is shown
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def bench(
+    arguments: Annotated[list[str] | None, typer.Argument(help="--help shows them.")] = None,
+) -> None:
+    """Compare training stacks on this machine's GPU: stock, its peers, and fastft. In a checkout of the repository."""
+    from fastft_plugins.cli.bench import bench as run_benchmarks
+
+    run_benchmarks(arguments or ())
+
+
 @app.command()
 def demo(
     model: Annotated[
