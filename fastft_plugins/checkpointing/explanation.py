@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from fastft_plugins.checkpointing.planner import Costs, Plan
 
 if TYPE_CHECKING:
-    from fastft_plugins.checkpointing.planned import PlannedCheckpoint
+    from fastft_plugins.checkpointing.planning import Planning
 
-NOT_MEASURED = "no step has shown yet what its layers hold, so all of them were checkpointed"
 OVERLAP = (
     "forwards began before the backward of the one before, or layers were called several times in one, so from then on "
     "all layers were checkpointed"
@@ -34,9 +33,8 @@ def explain(costs: Costs, plan: Plan, tokens: int, room: float) -> str:
     )
 
 
-def why_unplanned(planned: PlannedCheckpoint) -> str:
-    """What is known of why ``planned`` has planned no forward, in a run that is about to end."""
-    planning = planned.planning
+def why_unplanned(planning: Planning) -> str:
+    """What is known of why no forward has been planned so far."""
     if planning.measurement is None:
         why = (
             "no call of a layer was one to plan for: they are compiled, ran without gradients, under options or hooks "

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fastft_plugins.checkpointing import explanation
 from fastft_plugins.checkpointing.engine import OffloadCheckpoint
 from fastft_plugins.checkpointing.gauge import make_gauge
 from fastft_plugins.checkpointing.planned import PlannedCheckpoint
@@ -64,8 +63,7 @@ class CheckpointingFeature:
         entry, planned = run.report.features[self.name], self._checkpoint
         assert planned is not None  # a feature that has not started is not stopped
         entry.metrics.update(planned.metrics())
-        words = planned.explain()
-        entry.changes.append(explanation.why_unplanned(planned) if words == explanation.NOT_MEASURED else words)
+        entry.changes.append(planned.explain())
         for reason, calls in planned.engine.kept.most_common():
             entry.changes.append(f"{calls:,} inputs of layers stayed on the GPU: {reason}")
         if entry.enabled and not planned.calls["kept"] + planned.calls["stored"] and not planned.engine.offloaded:

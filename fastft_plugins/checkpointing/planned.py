@@ -163,11 +163,11 @@ class PlannedCheckpoint:
         return figures | (self.engine.metrics() if self.engine.offloaded else {})
 
     def explain(self) -> str:
-        """The plan of the longest row, and the figures that it was made from."""
+        """The plan of the longest row, and the figures that it was made from; or why there is none so far."""
         if self._has_overlapped:
             return explanation.OVERLAP
         if self.planning.longest is None:
-            return explanation.NOT_MEASURED
+            return explanation.why_unplanned(self.planning)
         tokens, room, plan, costs = self.planning.longest
         return explanation.explain(costs, plan, tokens, room)
 
