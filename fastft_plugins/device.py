@@ -1,4 +1,4 @@
-"""Where a model is going to be trained."""
+"""Where a model is going to be trained: on which device, in which process."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ def training_device(model: nn.Module) -> torch.device | None:
 def this_machine() -> torch.device:
     """The current GPU, or the CPU where there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def share_of_processes() -> str | None:
+    """Which of several processes of `torch.distributed` this one is, in words; None where it is the only one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    processes = torch.distributed.get_world_size()
+    return f"process {torch.distributed.get_rank()} of {processes}, counted from 0" if processes > 1 else None

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from fastft_plugins.config import FEATURES, FastFTConfig
+from fastft_plugins.device import share_of_processes
 from fastft_plugins.errors import Declined, FastFTError, NoAdapter, NothingToWin
 from fastft_plugins.ledger import Ledger
 from fastft_plugins.manager import get_plugin_manager
@@ -121,6 +122,8 @@ class Run:
             raise FastFTError(f"a fastft run is already active on this {type(self.model).__name__}; stop it first")
         _active[id(self.model)] = self
         self.report.state = "running"
+        if (share := share_of_processes()) is not None:
+            self.report.notes.append(f"the figures are those of {share}")
         try:
             if self.target.hand_over is not None:
                 self.target.hand_over(self)
@@ -172,7 +175,11 @@ class Run:
             if result is not None:
                 changes.append(str(result))
         if not changes:
-            raise NoAdapter(f"no plugin knows how to serve this {self.report.framework} target ({self.report.model})")
+            left_out = [status.name for status in get_plugin_manager().statuses if status.state == "disabled"]
+            raise NoAdapter(
+                f"no plugin knows how to serve this {self.report.framework} target ({self.report.model})"
+                + (f"; FASTFT_PLUGINS leaves out: {', '.join(left_out)}" if left_out else "")
+            )
         return changes
 
     def switch_off(self, name: str, declined: Declined) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 
+import hf_helpers
 import lightning
 import pytest
 import torch
@@ -23,7 +24,7 @@ from transformers import AttentionInterface
 import fastft_plugins
 from fastft_lightning import FastFTLightningCallback
 from fastft_lightning.batches import TwinCollator
-from fastft_plugins import FastFTConfigError, FastFTError, FastFTPlugin, apply
+from fastft_plugins import FastFTCallback, FastFTConfigError, FastFTError, FastFTPlugin, apply
 from fastft_plugins.packing import METADATA_KEY, PaddingFreeCollator
 from fastft_plugins.run import active_run
 
@@ -176,6 +177,16 @@ def test_without_lightning_the_import_names_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'fastft-plugins\[lightning\]'"):
         fastft_plugins.FastFTPlugin  # noqa: B018
+
+
+def test_the_switch_of_transformers_says_which_one_is_lightnings(tmp_path):
+    with pytest.raises(FastFTError, match=r"plugins=\[FastFTPlugin\(\)\]"):
+        make_trainer(tmp_path, callbacks=[FastFTCallback()]).fit(Module(), loader())
+
+
+def test_the_switch_of_lightning_says_which_one_is_transformers(tmp_path, entry_points):
+    with pytest.raises(FastFTError, match=r"callbacks=\[FastFTCallback\(\)\]"):
+        hf_helpers.make_trainer(tmp_path, tiny_model(), callbacks=[FastFTPlugin()])
 
 
 @pytest.mark.parametrize("config", [{"pakking": "on"}, {"packing": "yes"}])

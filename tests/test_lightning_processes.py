@@ -81,6 +81,7 @@ for precision, tolerance in (("32-true", EXACT), ("bf16-mixed", BF16)):
     plugin = FastFTPlugin({"packing": "on"})
     packed_losses, packed_weights = train([plugin], precision=precision)
     assert plugin.report.features["packing"].metrics["packed_batches"] == len(losses) == 3
+    assert any(f"process {torch.distributed.get_rank()} of 2" in note for note in plugin.report.notes)
     assert_close(packed_losses, losses, **tolerance)
     assert_close(packed_weights, weights, **tolerance)
 

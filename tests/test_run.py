@@ -269,6 +269,14 @@ def test_no_adapter_that_serves_the_target_is_a_reason(install, model):
         assert run.report.features["packing"].reason == "no plugin knows how to serve this torch target (Linear)"
 
 
+def test_the_reason_names_the_plugins_that_were_left_out(monkeypatch, model):
+    monkeypatch.setenv("FASTFT_PLUGINS", "-hf")
+    manager = PluginManager()
+    monkeypatch.setattr("fastft_plugins.run.get_plugin_manager", lambda: manager)
+    with apply(model) as run:
+        assert "FASTFT_PLUGINS leaves out: hf" in run.report.features["packing"].reason
+
+
 def test_what_adapters_changed_is_reported(install, model):
     install(Adapter(lambda run: "the loader"), Adapter(lambda run: "the model"))
     with apply(model) as run:

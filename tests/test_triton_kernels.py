@@ -7,6 +7,7 @@ the reference of the same operation, computed in fp64 from the same inputs.
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from fastft_plugins.kernels.rows import Rows, reference_combine_rows, reference_
 from fastft_plugins.kernels.triton import counting_sort as counting_sort_module
 from fastft_plugins.kernels.triton import grouped_matmul_tma
 from fastft_plugins.kernels.triton.counting_sort import counting_sort
-from fastft_plugins.kernels.triton.gate import gate_backward, gate_forward
+from fastft_plugins.kernels.triton.gate import clamp_has_slope_at_limit, gate_backward, gate_forward
 from fastft_plugins.kernels.triton.grouped_matmul import grouped_matmul, grouped_weight_grad
 from fastft_plugins.kernels.triton.rows import combine_rows, gather_rows
 from fastft_plugins.kernels.triton.segment_sum import segment_sum
@@ -219,9 +220,28 @@ def test_gate_backward_in_place_is_the_same_bit_for_bit(layout, width):
         assert_near(got, expected, torch.float32)
 
 
+def clamp_with(slope_at_limit):
+    def clamp(x, min=-math.inf, max=math.inf):
+        inside = ((x >= min) & (x <= max)) if slope_at_limit else ((x > min) & (x < max))
+        return torch.where(inside, x, x.detach().maximum(torch.tensor(min)).minimum(torch.tensor(max)))
+
+    return clamp
+
+
+@pytest.fixture(params=["torch's", True, False])
+def slope_at_limit(request, monkeypatch):
+    """What torch's clamp does at a limit: that of the installed torch, of torch up to 2.13, and from 2.14 on."""
+    clamp_has_slope_at_limit.cache_clear()
+    if request.param != "torch's":
+        monkeypatch.setattr(torch.Tensor, "clamp", clamp_with(request.param))
+        assert clamp_has_slope_at_limit() == request.param
+    yield
+    clamp_has_slope_at_limit.cache_clear()
+
+
 @pytest.mark.parametrize("kind", ["clamped_swiglu", "limited_silu"])
-def test_gate_at_and_beyond_its_limits(kind):
-    """At a limit the slope is that of the inside, as in torch's clamp; beyond it is 0; NaN stays NaN."""
+def test_gate_at_and_beyond_its_limits(kind, slope_at_limit):
+    """At a limit the slope is that of torch's clamp; beyond it is 0."""
     case = GateCase(kind, "interleaved", biased=False, width=36)
     edges = torch.tensor([-100.0, -1.5, 0.0, 1.5, 1.6, 100.0])
     case.z = torch.cartesian_prod(edges, edges).reshape(1, -1).repeat(7, 1).to(DEVICE)

@@ -49,6 +49,18 @@ class FastFTCallback(TrainerCallback):
         if trainer is not None:
             stand_around_loop(trainer, self)
 
+    state_key = "FastFTCallback"  # Lightning's name for a callback, read before it calls one
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """The first thing that Lightning asks of a callback, which this is not one of: say what is."""
+        raise FastFTError(
+            "FastFTCallback is the switch for transformers' Trainer; in Lightning it is "
+            "lightning.Trainer(plugins=[FastFTPlugin()]), from fastft_plugins"
+        )
+
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
+        """The last thing, which must not hide the error of `setup`."""
+
     @contextlib.contextmanager
     def run_around(self, trainer: Any) -> Iterator[None]:
         """A run from before the Trainer makes its train dataloader to the end of its training."""

@@ -46,6 +46,13 @@ class FastFTPlugin:
         """What was on in the last training, why, and what it saved."""
         return self.callback.report
 
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        """The first thing that transformers' Trainer asks of a callback, which this is not one of: say what is."""
+        raise FastFTError(
+            "FastFTPlugin is the switch for lightning.Trainer(plugins=[...]); transformers' Trainer takes "
+            "callbacks=[FastFTCallback()], from fastft_plugins"
+        )
+
     def apply(self, model: Any) -> Any:
         """Part of the slot; there are no layers to synchronise."""
         return model

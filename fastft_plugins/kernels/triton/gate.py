@@ -10,6 +10,8 @@ Shape suffixes: S routed rows, E experts, I intermediate width, N width of z (2�
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -47,9 +49,21 @@ def gate_backward(
         _backward[(triton.cdiv(size, rows) + experts,)](
             z_SN, bias_EN, da_SI, weights_S, order_S, offsets_E, dz_SN, dweights_S, scaled_SI, width, experts,
             KIND=gate.kind, LAYOUT=gate.layout, ALPHA=gate.alpha, LIMIT=gate.limit, BIAS=bias_EN is not None,
-            SCALED=scaled_SI is not None, EXPERTS=triton.next_power_of_2(experts), ROWS=rows, COLUMNS=columns,
-            num_warps=4,
+            SCALED=scaled_SI is not None, SLOPE_AT_LIMIT=clamp_has_slope_at_limit(),
+            EXPERTS=triton.next_power_of_2(experts), ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
+
+
+@functools.cache
+def clamp_has_slope_at_limit() -> bool:
+    """Whether a value equal to its limit has a gradient: in torch up to 2.13 it has, from 2.14 on it has none.
+
+    bf16 values do meet their limit, so the kernel follows the torch that stock would run with (pytorch#195931).
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        limit = torch.zeros(1, device="cpu", requires_grad=True)
+        (slope,) = torch.autograd.grad(limit.clamp(max=0.0), limit, torch.ones(1, device="cpu"))
+    return bool(slope)
 
 
 def _tile(width: int) -> tuple[int, int]:
@@ -66,6 +80,11 @@ def _at_most(x, limit: tl.constexpr):
 @triton.jit
 def _at_least(x, limit: tl.constexpr):
     return tl.maximum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _below(x, limit: tl.constexpr, OR_AT: tl.constexpr):
+    return x <= limit if OR_AT else x < limit
 
 
 @triton.jit
@@ -93,21 +112,22 @@ def _act(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _gated(gate, up, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+def _gated(gate, up, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SLOPE_AT_LIMIT: tl.constexpr):
     """a, and its derivatives by gate and by up."""
     if KIND == "clamped_swiglu":  # gpt-oss: (up + 1) · gate · sigmoid(alpha · gate), both clamped
         low, middle = _at_most(gate, LIMIT), _at_most(_at_least(up, -LIMIT), LIMIT)
         sigmoid = tl.sigmoid(ALPHA * low)
         glu = low * sigmoid
         value = (middle + 1.0) * glu
-        dgate = tl.where(gate <= LIMIT, (middle + 1.0) * sigmoid * (1.0 + ALPHA * low * (1.0 - sigmoid)), 0.0)
-        dup = tl.where((up >= -LIMIT) & (up <= LIMIT), glu, 0.0)
+        slope = sigmoid * (1.0 + ALPHA * low * (1.0 - sigmoid))
+        dgate = tl.where(_below(gate, LIMIT, SLOPE_AT_LIMIT), (middle + 1.0) * slope, 0.0)
+        dup = tl.where(_below(up, LIMIT, SLOPE_AT_LIMIT) & _below(-up, LIMIT, SLOPE_AT_LIMIT), glu, 0.0)
     elif KIND == "limited_silu":  # silu(gate clamped from above) · (up clamped)
         low, middle = _at_most(gate, LIMIT), _at_most(_at_least(up, -LIMIT), LIMIT)
         active, slope = _act(low, "silu")
         value = active * middle
-        dgate = tl.where(gate <= LIMIT, middle * slope, 0.0)
-        dup = tl.where((up >= -LIMIT) & (up <= LIMIT), active, 0.0)
+        dgate = tl.where(_below(gate, LIMIT, SLOPE_AT_LIMIT), middle * slope, 0.0)
+        dup = tl.where(_below(up, LIMIT, SLOPE_AT_LIMIT) & _below(-up, LIMIT, SLOPE_AT_LIMIT), active, 0.0)
     else:
         active, slope = _act(gate, KIND)
         value = active * up
@@ -174,7 +194,7 @@ def _forward(
                 gate_bias, up_bias = _load_pair(bias, first, width, one, LAYOUT, 1, COLUMNS)
                 gate += gate_bias
                 up += up_bias
-            a, _, _ = _gated(gate, up, KIND, ALPHA, LIMIT)
+            a, _, _ = _gated(gate, up, KIND, ALPHA, LIMIT, True)
         tl.store(a_ptr + rows * width + columns, a.to(a_ptr.dtype.element_ty), mask=inside)
 
 
@@ -182,7 +202,8 @@ def _forward(
 def _backward(
     z_ptr, bias_ptr, da_ptr, weights_ptr, order_ptr, offsets_ptr, dz_ptr, dweights_ptr, scaled_ptr, width, E,
     KIND: tl.constexpr, LAYOUT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr,
-    SCALED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SCALED: tl.constexpr, SLOPE_AT_LIMIT: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     expert, top, end = find_tile(offsets_ptr, E, tl.program_id(0), EXPERTS, ROWS)
     if expert < 0:
@@ -212,7 +233,7 @@ def _backward(
                 gate_bias, up_bias = _load_pair(bias, first, width, one, LAYOUT, 1, COLUMNS)
                 gate += gate_bias
                 up += up_bias
-            a, by_gate, by_up = _gated(gate, up, KIND, ALPHA, LIMIT)
+            a, by_gate, by_up = _gated(gate, up, KIND, ALPHA, LIMIT, SLOPE_AT_LIMIT)
             dgate = scale * da * by_gate
             dup = scale * da * by_up
             _store_pair(dz_ptr + rows * 2 * width, dgate, dup, first, width, real, LAYOUT, ROWS, COLUMNS)
