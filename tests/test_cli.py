@@ -143,6 +143,7 @@ def test_report_of_another_file(fastft: Any, tmp_path: Path, content: str, probl
     code, _, errors = fastft("report", file)
     assert code == 2
     assert str(file) in errors and problem in errors and "Remedy: " in errors
+    assert "fastft run --report FILE" in errors
 
 
 @pytest.mark.parametrize("trainable", ["lora", "full"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_helpers import tiny_model
+from hf_helpers import make_trainer, tiny_model
 
 from fastft_plugins import apply
 from fastft_plugins.cli import main
@@ -42,7 +42,9 @@ def test_the_decision_is_a_runs_own(overrides: dict[str, Any], plugin_manager: P
     found = examine("tiny", model.config)
     with apply(model) as run:
         decided = {name: (entry.enabled, entry.reason) for name, entry in run.report.features.items()}
-    assert {name: (each["enabled"], each["reason"]) for name, each in found["features"].items()} == decided
+    del decided["bookkeeping"]  # a Trainer's run decides it
+    shown = {name: (each["enabled"], each["reason"]) for name, each in found["features"].items()}
+    assert shown.pop("bookkeeping")[0] and shown == decided
     assert found["features"]["packing"]["enabled"] is not bool(overrides)
     assert found["dry_run"].startswith("not needed" if overrides else "passed")
 
@@ -86,6 +88,39 @@ def test_a_folder_and_its_config(doctor: Any, tmp_path: Any) -> None:
     assert found["features"]["moe"]["expected_gain"].startswith("none")
 
 
+def test_bookkeeping_is_shown_as_a_trainers_run_has_it(doctor: Any, tmp_path: Any) -> None:
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path / "model")
+    with apply(make_trainer(tmp_path, model)) as run:
+        decided = run.report.features["bookkeeping"]
+    assert decided.enabled
+    text = " ".join(doctor(tmp_path / "model")[1].split())
+    found = json.loads(doctor(tmp_path / "model", "--json")[1])
+    row = found["features"]["bookkeeping"]
+    assert row["enabled"] and f"bookkeeping: on why {row['reason']}" in text
+    assert row["reason"].startswith("with transformers' Trainer") and decided.reason in row["reason"]
+    assert "off with Lightning and in a loop of your own" in row["reason"] and "3.4 ms" in row["expected_gain"]
+    assert not any("bookkeeping" in note for note in found["notes"])
+
+
+def test_bookkeeping_that_a_trainers_run_would_not_have(
+    doctor: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = transformers.models.llama.modeling_llama.LlamaMLP
+    monkeypatch.setattr(kind, "children", lambda self: iter(()), raising=False)
+    tiny_model().config.save_pretrained(tmp_path)
+    row = json.loads(doctor(tmp_path, "--json")[1])["features"]["bookkeeping"]
+    assert not row["enabled"] and "has its own way to walk" in row["reason"]
+
+
+def test_the_number_of_parameters(doctor: Any, tmp_path: Any) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 32000} | sizes))
+    assert "), 139,648 parameters" in doctor("--shape", "tiny-qwen3")[1]
+    assert "), 17.04 million parameters" in doctor(tmp_path)[1]
+    assert "), 1.24 billion parameters" in doctor("--shape", "llama-1b")[1]
+
+
 def test_quantisation_is_left_out_and_said(doctor: Any, tmp_path: Any) -> None:
     config = tiny_model().config
     config.quantization_config = {"quant_method": "mxfp4"}
@@ -118,6 +153,36 @@ def test_a_config_that_cannot_be_used(doctor: Any, tmp_path: Any, content: str, 
 
 
 @pytest.mark.parametrize(
+    ("content", "problem", "remedy"),
+    [
+        (
+            '{"model_type": "llama", "hidden_size": "big"}',
+            "field 'hidden_size': TypeError: Field 'hidden_size' expected int, got str (value: 'big')).",
+            "mend hidden_size in this file; its model type, llama, is known",
+        ),
+        (
+            '{"model_type": "llama", "hidden_size": 33}',
+            "ValueError: The hidden size (33) is not a multiple of the number of attention heads (32).).",
+            "mend its values in this file; its model type, llama, is known",
+        ),
+        ('{"model_type": "nope"}', "model type `nope`", "a config of a model type that the installed"),
+        ('{"model_type": []}', "", "a config of a model type that the installed"),
+        ("[]", "Unrecognized model", "a config of a model type that the installed"),
+        ("{", "not a valid JSON file", "a config.json as save_pretrained() writes it"),
+        (json.dumps({"model_type": "llama", "hidden_size": "big" * 999}), "...).", "mend hidden_size"),
+    ],
+)
+def test_the_remedy_for_a_config_fits(doctor: Any, tmp_path: Any, content: str, problem: str, remedy: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    code, _, errors = doctor(tmp_path)
+    assert code == 1 and errors.count("\n") == 1
+    reason, shown = errors.split(" Remedy: ")
+    assert problem in reason and shown.startswith(remedy)
+    assert len(reason) - len(str(file)) < 360  # 300 of them are transformers'
+
+
+@pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (["nowhere"], "nowhere: no such folder or file"),
@@ -140,4 +205,4 @@ def test_a_dry_run_that_fails(doctor: Any, tmp_path: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", fail)
     code, text, _ = doctor(tmp_path)
     assert code == 3
-    assert "failed: RuntimeError: no" in text
+    assert "failed: RuntimeError: no luck" in " ".join(text.split())

@@ -9,8 +9,7 @@ from typing import Any
 def as_text(found: dict[str, Any], width: int) -> str:
     """Return one block for each feature, with its lines broken at ``width``."""
     lines = [
-        f"{found['class']} ({found['model']}), {found['parameters'] / 1e9:,.2f} billion parameters, on "
-        f"{found['machine']}",
+        f"{found['class']} ({found['model']}), {_count(found['parameters'])} parameters, on {found['machine']}",
         "",
     ]
     for name, feature in found["features"].items():
@@ -24,6 +23,13 @@ def as_text(found: dict[str, Any], width: int) -> str:
     for note in found["notes"]:
         lines += _item("note", note, width, indent="")
     return "\n".join(lines)
+
+
+def _count(number: int) -> str:
+    for size, word in ((10**9, "billion"), (10**6, "million")):
+        if number >= size:
+            return f"{number / size:,.2f} {word}"
+    return f"{number:,}"
 
 
 def _item(label: str, text: str, width: int, indent: str = "  ") -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 
 from fastft_plugins.errors import FastFTConfigError
 from fastft_plugins.shapes import SHAPES
+
+_LONGEST = 300  # characters of an error of somebody else's
 
 
 def read_config(path: Path | None, shape: str | None) -> tuple[str, Any]:
@@ -37,8 +41,7 @@ def read_config(path: Path | None, shape: str | None) -> tuple[str, Any]:
         return str(path), AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds, from the JSON parser to each config's own checks
         raise FastFTConfigError(
-            f"{file}: transformers cannot read this config ({first_line(error)}). Remedy: a config of a model type "
-            "that the installed transformers knows, without code of its own"
+            f"{file}: transformers cannot read this config ({one_line(error)}). Remedy: {_remedy(file, error)}"
         ) from error
 
 
@@ -56,9 +59,24 @@ def build_on_meta(source: str, config: Any, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             return maker.from_config(config, dtype=dtype, trust_remote_code=False).train()
     except Exception as error:
-        raise FastFTConfigError(f"{source}: transformers cannot make this model ({first_line(error)})") from error
+        raise FastFTConfigError(f"{source}: transformers cannot make this model ({one_line(error)})") from error
 
 
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: Exception) -> str:
+    """An error in one line of at most 300 characters: its first paragraph, since advice and stack traces follow it."""
+    text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def _remedy(file: Path, error: Exception) -> str:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return "a config.json as save_pretrained() writes it"
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return "a config of a model type that the installed transformers knows, without code of its own"
+    field = re.match(r"Validation error for field '(\w+)'", str(error))  # other errors do not say which one it is
+    return f"mend {field[1] if field else 'its values'} in this file; its model type, {model_type}, is known"

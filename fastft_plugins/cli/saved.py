@@ -14,7 +14,7 @@ from fastft_plugins.cli.plots import draw_run
 from fastft_plugins.errors import FastFTConfigError
 from fastft_plugins.report import Report
 
-_REMEDY = "Remedy: a file with json.dumps(report.to_dict()), or the report.json of a demo"
+_REMEDY = "Remedy: a file of `fastft run --report FILE`, of json.dumps(report.to_dict()), or the report.json of a demo"
 
 
 def show_saved(file: Path, console: Console) -> Callable[[Path], None]:

@@ -38,8 +38,14 @@ class Flag:
             try:
                 self.fastft_config = json.loads(self.fastft_config)
             except json.JSONDecodeError as error:
-                raise FastFTConfigError(f"fastft_config={self.fastft_config!r} is not valid JSON: {error}") from error
-        FastFTConfig.coerce(self.fastft_config)  # type: ignore[arg-type]
+                raise FastFTConfigError(
+                    f"fastft_config={self.fastft_config!r} is not valid JSON ({error}); allowed: an object such as "
+                    '{"packing": "on"}'
+                ) from error
+        try:
+            FastFTConfig.coerce(self.fastft_config)  # type: ignore[arg-type]
+        except FastFTConfigError as error:
+            raise FastFTConfigError(f"fastft_config: {error}") from error
         if self.fastft:
             register()
         elif self.fastft_config is not None:

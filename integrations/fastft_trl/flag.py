@@ -59,6 +59,25 @@ def register() -> None:
         DEFAULT_CALLBACKS.append(FlagCallback)
 
 
+class _AnnouncedCallback(FlagCallback):
+    """`FlagCallback` that prints its report at the end of each training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.speaks_for_run = True
+
+
+@contextlib.contextmanager
+def announced() -> Iterator[None]:
+    """Print the reports of the Trainers made meanwhile, for a command whose user has no `report_of`."""
+    before = list(DEFAULT_CALLBACKS)
+    DEFAULT_CALLBACKS[:] = [_AnnouncedCallback if one is FlagCallback else one for one in before]
+    try:
+        yield
+    finally:
+        DEFAULT_CALLBACKS[:] = before
+
+
 def report_of(trainer: Trainer) -> Report:
     """The report of the last training of a trainer whose config has ``fastft=True``.
 
