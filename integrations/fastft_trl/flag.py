@@ -18,6 +18,12 @@ from fastft_plugins.report import Report
 class FlagCallback(FastFTCallback):
     """`FastFTCallback` with the config that it finds in the Trainer's own arguments."""
 
+    announces = False  # whether new ones print their report; transformers makes them, without arguments
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.speaks_for_run = self.announces
+
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Go last."""
         trainer = find_trainer(self) if _is_set(args) else None
@@ -59,23 +65,14 @@ def register() -> None:
         DEFAULT_CALLBACKS.append(FlagCallback)
 
 
-class _AnnouncedCallback(FlagCallback):
-    """`FlagCallback` that prints its report at the end of each training."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.speaks_for_run = True
-
-
 @contextlib.contextmanager
 def announced() -> Iterator[None]:
     """Print the reports of the Trainers made meanwhile, for a command whose user has no `report_of`."""
-    before = list(DEFAULT_CALLBACKS)
-    DEFAULT_CALLBACKS[:] = [_AnnouncedCallback if one is FlagCallback else one for one in before]
+    FlagCallback.announces = True
     try:
         yield
     finally:
-        DEFAULT_CALLBACKS[:] = before
+        FlagCallback.announces = False
 
 
 def report_of(trainer: Trainer) -> Report:

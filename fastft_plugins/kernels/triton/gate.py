@@ -119,8 +119,8 @@ def _gated(gate, up, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexp
         sigmoid = tl.sigmoid(ALPHA * low)
         glu = low * sigmoid
         value = (middle + 1.0) * glu
-        slope = sigmoid * (1.0 + ALPHA * low * (1.0 - sigmoid))
-        dgate = tl.where(_below(gate, LIMIT, SLOPE_AT_LIMIT), (middle + 1.0) * slope, 0.0)
+        slope = (middle + 1.0) * sigmoid * (1.0 + ALPHA * low * (1.0 - sigmoid))
+        dgate = tl.where(_below(gate, LIMIT, SLOPE_AT_LIMIT), slope, 0.0)
         dup = tl.where(_below(up, LIMIT, SLOPE_AT_LIMIT) & _below(-up, LIMIT, SLOPE_AT_LIMIT), glu, 0.0)
     elif KIND == "limited_silu":  # silu(gate clamped from above) · (up clamped)
         low, middle = _at_most(gate, LIMIT), _at_most(_at_least(up, -LIMIT), LIMIT)
