@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.moe_shapes import Block
 
-_PRODUCTS = ("gemm", "cutlass", "nvjet", "_product", "_weight_grad", "cublas")
+_PRODUCTS = ("gemm", "cutlass", "nvjet", "_product", "_weight_grad", "grouped_matmul", "cublas")
 
 
 def kernel_times(step: Callable[[], None]) -> dict[str, float]:

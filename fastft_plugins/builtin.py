@@ -23,6 +23,7 @@ _KERNELS = {
     "gate_backward": ("gate", "GATE_BACKWARD_KERNELS"),
     "grouped_matmul": ("grouped_matmul", "GROUPED_MATMUL_KERNELS"),
     "grouped_weight_grad": ("grouped_matmul", "GROUPED_WEIGHT_GRAD_KERNELS"),
+    "grouped_weight_bias_grad": ("grouped_matmul", "GROUPED_WEIGHT_BIAS_GRAD_KERNELS"),
 }
 
 

@@ -87,16 +87,17 @@ def only(monkeypatch):
     """Leave one kernel for the products, and the loop behind it."""
 
     def choose(name):
-        for table in ("GROUPED_MATMUL_KERNELS", "GROUPED_WEIGHT_GRAD_KERNELS"):
+        for table in ("GROUPED_MATMUL_KERNELS", "GROUPED_WEIGHT_GRAD_KERNELS", "GROUPED_WEIGHT_BIAS_GRAD_KERNELS"):
             kernels = getattr(grouped_matmul, table)
-            kept = tuple(kernel for kernel in kernels if kernel.name in (name, "loop over experts"))
+            others = ("loop over experts", "one after the other")
+            kept = tuple(kernel for kernel in kernels if kernel.name in (name, *others))
             monkeypatch.setattr(grouped_matmul, table, kept)
         dispatch.forget()
 
     return choose
 
 
-@pytest.mark.parametrize("kernel", [None, "Triton", "torch grouped_mm"])
+@pytest.mark.parametrize("kernel", [None, "CUDA for Hopper", "Triton with TMA", "Triton", "torch grouped_mm"])
 @pytest.mark.parametrize("family", SHAPES)
 def test_as_accurate_as_stock(family, kernel, only):
     if kernel is not None:
@@ -109,7 +110,10 @@ def test_as_accurate_as_stock(family, kernel, only):
         print(f"{family} {kernel or 'best'} {name}: ours {our_error:.5f}, stock {stock_error:.5f}")
         assert our_error <= 1.05 * stock_error, name
     names = {"gate_forward", "grouped_matmul", "counting_sort", "combine_rows"}
-    assert all(any("Triton" in choice or "torch" in choice for choice in dispatch.choices(name)) for name in names)
+    assert all(
+        any(maker in choice for choice in dispatch.choices(name) for maker in ("CUDA", "Triton", "torch"))
+        for name in names
+    )
 
 
 def test_bias_gradients_stay_accurate_with_many_rows_an_expert():

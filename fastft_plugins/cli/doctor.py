@@ -23,7 +23,7 @@ from fastft_plugins.device import this_machine
 from fastft_plugins.hookspecs import hookimpl
 from fastft_plugins.kernels.attention import AttentionCall
 from fastft_plugins.kernels.dispatch import Kernel, choose
-from fastft_plugins.kernels.grouped_matmul import MatmulCall
+from fastft_plugins.kernels.grouped_matmul_rejects import MatmulCall
 from fastft_plugins.manager import get_plugin_manager
 from fastft_plugins.run import Run, Target
 

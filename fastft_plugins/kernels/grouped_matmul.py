@@ -5,27 +5,15 @@ Shape suffixes: S sorted rows, E experts, K inner width, N outer width.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from fastft_plugins.kernels.dispatch import Kernel, choose, not_on_nvidia
-from fastft_plugins.kernels.rows import Rows
-from fastft_plugins.kernels.triton_support import TensorCall, triton_kernel, triton_rejects
-
-_NARROW = 64  # below this width a tile of torch's kernel is mostly empty
-
-
-@dataclass(frozen=True)
-class MatmulCall(TensorCall):
-    """What decides which kernel can serve a product."""
-
-    inner: int
-    width: int
-    dense: bool = True  # the weight lies in memory as [E, K, N] or as [E, N, K], from a multiple of 16 bytes on
-    accumulate: bool = False
+from fastft_plugins.kernels import grouped_matmul_rejects as rejects
+from fastft_plugins.kernels.dispatch import Kernel, choose
+from fastft_plugins.kernels.grouped_matmul_rejects import MatmulCall
+from fastft_plugins.kernels.grouped_matmul_torch import torch_grouped_matmul, torch_grouped_weight_grad
+from fastft_plugins.kernels.rows import Rows, segment_sum
+from fastft_plugins.kernels.triton_support import gpu_kernel, triton_kernel
 
 
 def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Tensor | None = None) -> Tensor:
@@ -54,18 +42,19 @@ def grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
     return out_EKN
 
 
-def _torch_grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
-    function = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
-    out: Tensor = function(a, b, offs=offsets_E)
-    return out
+def grouped_weight_bias_grad(
+    rows: Rows, grads: Rows, offsets_E: Tensor, weights_S: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`grouped_weight_grad`, and the sum over each expert's rows of grad, times ``weights_S`` if given.
 
-
-def _torch_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: None) -> Tensor:
-    return _torch_grouped_mm(rows.gathered(), weight_EKN, offsets_E)
-
-
-def _torch_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
-    return _torch_grouped_mm(rows.gathered().t(), grads.gathered(), offsets_E)
+    Returns:
+        ``[E, K, N]``, and ``[E, N]`` summed in fp32 (fp64 for fp64) and rounded to the dtype of ``grads`` or better.
+    """
+    source = rows.source_XH
+    call = MatmulCall(source.device, source.dtype, source.shape[1], grads.source_XH.shape[1])
+    run = choose("grouped_weight_bias_grad", call).kernel.run
+    both: tuple[Tensor, Tensor] = run(rows, grads, offsets_E, weights_S)
+    return both
 
 
 def reference_grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Tensor | None = None) -> Tensor:
@@ -93,83 +82,27 @@ def reference_grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) ->
     return out_EKN
 
 
-def _tma_rejects(call: MatmulCall) -> str | None:
-    reason = triton_rejects(call)
-    if reason is not None:
-        return reason
-    if torch.cuda.get_device_capability(call.device)[0] != 9:
-        return "is tuned for compute capability 9.0"
-    if call.dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, got {call.dtype}"
-    if call.inner % 8 or call.width % 8:
-        return f"needs widths that are multiples of 8, got {call.inner} and {call.width}"
-    return _too_narrow(call)
-
-
-def _tma_product_rejects(call: MatmulCall) -> str | None:
-    if call.inner % 64 or not call.dense:
-        return f"needs a dense weight and an inner width in steps of 64, got {call.inner}"
-    return _tma_rejects(call)
-
-
-def _too_narrow(call: MatmulCall) -> str | None:
-    if call.accumulate:
-        return "cannot add to its output"
-    narrowest = min(call.inner, call.width)
-    return f"wastes its tiles on a width of {narrowest}" if narrowest < _NARROW else None
-
-
-def _torch_rejects(call: MatmulCall) -> str | None:
-    reason = not_on_nvidia(call.device)
-    if reason is not None:
-        return reason
-    capability = torch.cuda.get_device_capability(call.device)
-    if capability[0] not in (9, 10):
-        return f"is a loop that waits for the GPU at compute capability {capability[0]}.{capability[1]}"
-    if call.dtype != torch.bfloat16:
-        return f"is a loop that waits for the GPU in {call.dtype}"
-    if call.inner % 8 or call.width % 8:
-        return f"needs widths that are multiples of 8, got {call.inner} and {call.width}"
-    if not call.dense:
-        return "needs a dense weight that starts at a multiple of 16 bytes"
-    if not _torch_is_right(call.device):
-        return "gave wrong products here when probed"
-    return _too_narrow(call)
-
-
-@functools.cache
-def _torch_is_right(device: torch.device) -> bool:
-    """Compare a small product in each layout with a loop: a wrong result for transposed views was once reported.
-
-    Source: https://github.com/pytorch/pytorch/issues/186365. Waits for the device, once.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    rows = Rows(torch.randn((96, 64), generator=generator, device=device).bfloat16())
-    square_EKN = torch.randn((3, 64, 64), generator=generator, device=device).bfloat16()
-    offsets_E = torch.tensor([33, 33, 96], dtype=torch.int32, device=device)
-    pairs = [
-        (_torch_matmul(rows, weight, offsets_E, None), reference_grouped_matmul(rows, weight, offsets_E))
-        for weight in (square_EKN, square_EKN.transpose(1, 2))
-    ]
-    pairs.append((_torch_weight_grad(rows, rows, offsets_E), reference_grouped_weight_grad(rows, rows, offsets_E)))
-    return all(torch.allclose(got, expected, rtol=0.02, atol=0.2) for got, expected in pairs)
-
-
-def _triton_matmul_rejects(call: MatmulCall) -> str | None:
-    if call.dtype == torch.float32:
-        return "has no tensor cores for float32"
-    return triton_rejects(call)
+def _separate_grads(rows: Rows, grads: Rows, offsets_E: Tensor, weights_S: Tensor | None) -> tuple[Tensor, Tensor]:
+    return grouped_weight_grad(rows, grads, offsets_E), segment_sum(grads, offsets_E, weights_S)
 
 
 GROUPED_MATMUL_KERNELS = (
-    Kernel("Triton with TMA", 0, _tma_product_rejects, triton_kernel("grouped_matmul_tma", "grouped_matmul")),
-    Kernel("torch grouped_mm", 10, _torch_rejects, _torch_matmul),
-    Kernel("Triton", 50, _triton_matmul_rejects, triton_kernel("grouped_matmul", "grouped_matmul")),
+    Kernel("CUDA for Hopper", 0, rejects.cuda_rejects, gpu_kernel("cuda.grouped_matmul", "grouped_matmul")),
+    Kernel("Triton with TMA", 10, rejects.tma_product_rejects, triton_kernel("grouped_matmul_tma", "grouped_matmul")),
+    Kernel("torch grouped_mm", 20, rejects.torch_rejects, torch_grouped_matmul),
+    Kernel("Triton", 50, rejects.triton_matmul_rejects, triton_kernel("grouped_matmul", "grouped_matmul")),
     Kernel("loop over experts", 100, lambda call: None, reference_grouped_matmul),
 )
 GROUPED_WEIGHT_GRAD_KERNELS = (
-    Kernel("torch grouped_mm", 0, _torch_rejects, _torch_weight_grad),
-    Kernel("Triton with TMA", 10, _tma_rejects, triton_kernel("grouped_matmul_tma", "grouped_weight_grad")),
-    Kernel("Triton", 50, _triton_matmul_rejects, triton_kernel("grouped_matmul", "grouped_weight_grad")),
+    Kernel("CUDA for Hopper", 0, rejects.cuda_rejects, gpu_kernel("cuda.grouped_matmul", "grouped_weight_grad")),
+    Kernel("torch grouped_mm", 10, rejects.torch_rejects, torch_grouped_weight_grad),
+    Kernel("Triton with TMA", 20, rejects.tma_rejects, triton_kernel("grouped_matmul_tma", "grouped_weight_grad")),
+    Kernel("Triton", 50, rejects.triton_matmul_rejects, triton_kernel("grouped_matmul", "grouped_weight_grad")),
     Kernel("loop over experts", 100, lambda call: None, reference_grouped_weight_grad),
+)
+GROUPED_WEIGHT_BIAS_GRAD_KERNELS = (
+    Kernel(
+        "CUDA for Hopper", 0, rejects.cuda_sums_reject, gpu_kernel("cuda.grouped_matmul", "grouped_weight_bias_grad")
+    ),
+    Kernel("one after the other", 100, lambda call: None, _separate_grads),
 )

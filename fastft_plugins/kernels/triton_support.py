@@ -1,4 +1,4 @@
-"""This package's Triton kernels: whether they can serve a call, and how to call them, without importing triton."""
+"""This package's kernels for GPUs: whether Triton can serve a call, and how to call them without importing triton."""
 
 from __future__ import annotations
 
@@ -45,18 +45,21 @@ def _has_triton() -> bool:
 
 def triton_kernel(module: str, function: str) -> Callable[..., Any]:
     """A function of ``fastft_plugins.kernels.triton``, whose module is imported at the first call."""
+    return gpu_kernel(f"triton.{module}", function)
+
+
+def gpu_kernel(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module in ``fastft_plugins.kernels``, imported at the first call, run on its tensors' device."""
 
     @functools.cache
     def kernel() -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(
-            importlib.import_module(f"fastft_plugins.kernels.triton.{module}"), function
-        )
+        found: Callable[..., Any] = getattr(importlib.import_module(f"fastft_plugins.kernels.{module}"), function)
         return found
 
     def run(*arguments: Any) -> Any:
         if _one_gpu():
             return kernel()(*arguments)
-        # Triton launches on the current device, which a model spread over several GPUs does not change between layers.
+        # Kernels start on the current device, which a model spread over several GPUs does not change between layers.
         tensors = (getattr(argument, "source_XH", argument) for argument in arguments)
         with torch.cuda.device_of(next(tensor for tensor in tensors if isinstance(tensor, torch.Tensor))):
             return kernel()(*arguments)

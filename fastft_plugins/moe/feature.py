@@ -16,7 +16,10 @@ from fastft_plugins.moe.experts import experts_forward
 if TYPE_CHECKING:
     from fastft_plugins.run import Run
 
-_OPS = ("grouped_matmul", "grouped_weight_grad", "counting_sort", "gate_forward", "gate_backward")
+_OPS = (
+    "grouped_matmul", "grouped_weight_grad", "grouped_weight_bias_grad", "counting_sort", "gate_forward",
+    "gate_backward",
+)  # fmt: skip
 
 
 class MoEFeature:

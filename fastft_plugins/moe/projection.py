@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastft_plugins.kernels.grouped_matmul import grouped_matmul, grouped_weight_grad
+from fastft_plugins.kernels.grouped_matmul import grouped_matmul, grouped_weight_bias_grad, grouped_weight_grad
 from fastft_plugins.kernels.rows import Rows, segment_sum
 
 
@@ -86,13 +86,18 @@ def parameter_grads(
         row_scales_S = scales_S.index_select(0, order_S)
     rows = Rows(rows) if isinstance(rows, Tensor) else rows
     dweight = dbias = da = db = None
+    need_bias = need.bias and projection.bias is not None
     if need.weight and rows is not None:
-        if projection.weight.stride(2) == 1:
+        if projection.weight.stride(2) == 1 and need_bias:
+            dweight, dbias = grouped_weight_bias_grad(rows, douts, offsets_E, row_scales_S)
+        elif projection.weight.stride(2) == 1:
             dweight = grouped_weight_grad(rows, douts, offsets_E)
         else:  # a transposed view: make the gradient in the layout of the parameter behind it
             dweight = grouped_weight_grad(douts, rows, offsets_E).transpose(1, 2)
-    if need.bias and projection.bias is not None:
-        dbias = segment_sum(douts, offsets_E, row_scales_S).to(projection.bias.dtype)
+    if need_bias and dbias is None:
+        dbias = segment_sum(douts, offsets_E, row_scales_S)
+    if dbias is not None and projection.bias is not None:
+        dbias = dbias.to(projection.bias.dtype)
     if need.lora_a and low.grad is not None and rows is not None:
         da = grouped_weight_grad(rows, Rows(low.grad), offsets_E)
     if need.lora_b and low.value is not None:

@@ -1,0 +1,85 @@
+"""Loads compiled kernels, describes tensors to the tensor memory accelerator, and launches, through CUDA's driver."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+_SWIZZLE_128_BYTES, _PROMOTE_256_BYTES = 3, 3
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CUfunction_attribute
+_MAP_BYTES = 128
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(function: str, *arguments: Any) -> None:
+    status = getattr(_driver(), function)(*arguments)
+    if status:
+        raise RuntimeError(f"{function} failed with CUDA error {status}")
+
+
+def load_kernel(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
+    """A kernel for the current device, which may use ``shared_bytes`` of shared memory. It is never unloaded."""
+    torch.cuda.current_stream()  # creates the device's context if nothing has so far
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _call("cuModuleLoadData", ctypes.byref(module), cubin)
+    _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+    _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
+    return function
+
+
+class TensorMap:
+    """A 2-byte tensor of up to three dimensions as TMA sees it, in boxes swizzled by 128 bytes.
+
+    Outside of the tensor, a box is filled with zeros.
+
+    Args:
+        tensor: ``[rows, columns]`` or ``[matrices, rows, columns]``; columns are contiguous, the address and the other
+            strides are multiples of 16 bytes.
+        box: rows and columns that one copy takes, 64 columns at most.
+    """
+
+    def __init__(self, tensor: Tensor, box: tuple[int, int]) -> None:
+        # cuda-bindings has a class for this, but its memory is not aligned as the driver demands.
+        self._memory = ctypes.create_string_buffer(2 * _MAP_BYTES)
+        self.address = -(-ctypes.addressof(self._memory) // _MAP_BYTES) * _MAP_BYTES
+        if tensor.dim() == 2:
+            tensor = tensor[None]
+        sizes = (ctypes.c_uint64 * 3)(*reversed(tensor.shape))
+        strides = (ctypes.c_uint64 * 2)(tensor.stride(1) * 2, max(tensor.stride(0), tensor.stride(1)) * 2)
+        _call(
+            "cuTensorMapEncodeTiled", ctypes.c_void_p(self.address), _ELEMENTS[tensor.dtype], 3,
+            ctypes.c_void_p(tensor.data_ptr()), sizes, strides, (ctypes.c_uint32 * 3)(box[1], box[0], 1),
+            (ctypes.c_uint32 * 3)(1, 1, 1), 0, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, 0,
+        )  # fmt: skip
+
+
+def launch(
+    kernel: ctypes.c_void_p, blocks: int, threads: int, shared_bytes: int,
+    arguments: Sequence[TensorMap | Tensor | int],
+) -> None:  # fmt: skip
+    """Start a kernel on torch's current stream. An int is passed as 32 bits, a tensor as the address of its numbers."""
+    values: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            values.append(ctypes.c_void_p(argument.data_ptr()))
+        elif isinstance(argument, int):
+            values.append(ctypes.c_int(argument))
+    scalars = iter(values)
+    addresses = (ctypes.c_void_p * len(arguments))(
+        *[
+            argument.address if isinstance(argument, TensorMap) else ctypes.addressof(next(scalars))
+            for argument in arguments
+        ]
+    )
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    _call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, addresses, None)
