@@ -118,6 +118,7 @@ class Calls:
 
     def gather(self) -> None:
         gather_rows(self.data(self.tokens, WIDTH), self.order)
+        gather_rows(self.data(self.tokens, WIDTH), self.order, self.inverse)
 
     def combine(self, weighted: bool = True, biased: bool = True) -> None:
         weights = self.data(self.tokens, TOP_K) if weighted else None

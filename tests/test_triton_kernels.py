@@ -121,6 +121,18 @@ def test_gather(dtype, width):
     assert gather_rows(source, index[:0]).shape == (0, width)
 
 
+@all_dtypes
+@pytest.mark.parametrize("width", [1, 24, 515])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_gather_that_reads_each_row_once(dtype, width, top_k):
+    source = normal(9, 2 * width, dtype=dtype)[:, :width]
+    order = torch.randperm(9 * top_k, device=DEVICE)
+    inverse = torch.argsort(order).int().view(9, top_k)
+    index = (order // top_k).int()
+    assert torch.equal(gather_rows(source, index, inverse), reference_gather_rows(source, index))
+    assert gather_rows(source[:0], index[:0], inverse[:0]).shape == (0, width)
+
+
 def routed(tokens, top_k, experts):
     """Random routing with about a third of sentinels: ids, inverse, offsets and the number of rows that are used."""
     ids = torch.randint(-1, experts + experts // 2 + 1, (tokens, top_k), device=DEVICE)

@@ -18,11 +18,13 @@ class Rows:
     Attributes:
         source_XH: the rows.
         index_S: int32, the row of ``source_XH`` at each place of the order; None if they lie in order already.
+        inverse_XK: int32, the K places of each row of ``source_XH``, if every one has as many.
     """
 
-    def __init__(self, source_XH: Tensor, index_S: Tensor | None = None) -> None:
+    def __init__(self, source_XH: Tensor, index_S: Tensor | None = None, inverse_XK: Tensor | None = None) -> None:
         self.source_XH = source_XH
         self.index_S = index_S
+        self.inverse_XK = inverse_XK
         self._gathered_SH: Tensor | None = None
 
     def part(self, span: slice) -> Rows:
@@ -38,7 +40,7 @@ class Rows:
         if self.index_S is None:
             return self.source_XH
         if self._gathered_SH is None:
-            self._gathered_SH = gather_rows(self.source_XH, self.index_S)
+            self._gathered_SH = gather_rows(self.source_XH, self.index_S, self.inverse_XK)
         return self._gathered_SH
 
     def release(self) -> None:
@@ -46,10 +48,10 @@ class Rows:
         self._gathered_SH = None
 
 
-def gather_rows(source_XH: Tensor, index_S: Tensor) -> Tensor:
-    """``source[index]``, contiguous ``[S, H]``."""
+def gather_rows(source_XH: Tensor, index_S: Tensor, inverse_XK: Tensor | None = None) -> Tensor:
+    """``source[index]``, contiguous ``[S, H]``. With ``inverse_XK``, a kernel can read each row of the source once."""
     call = TensorCall(source_XH.device, source_XH.dtype)
-    out_SH: Tensor = choose("gather_rows", call).kernel.run(source_XH, index_S)
+    out_SH: Tensor = choose("gather_rows", call).kernel.run(source_XH, index_S, inverse_XK)
     return out_SH
 
 
@@ -80,7 +82,7 @@ def segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None = None) 
     return out_EN
 
 
-def reference_gather_rows(source_XH: Tensor, index_S: Tensor) -> Tensor:
+def reference_gather_rows(source_XH: Tensor, index_S: Tensor, inverse_XK: Tensor | None = None) -> Tensor:
     return source_XH.index_select(0, index_S)
 
 

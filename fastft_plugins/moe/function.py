@@ -69,7 +69,8 @@ class _Experts(torch.autograd.Function):
         order_S, inverse_S, _, offsets_E = routing
         up, down = Projection(w1, b1, a1, c1), Projection(w2, b2, a2, c2)
         token_S = torch.div(order_S, ids_TK.shape[1], rounding_mode="floor")
-        z_SN, low1_SR = project(Rows(x_TH, token_S), up, offsets_E)
+        inverse_TK = inverse_S.view_as(ids_TK)
+        z_SN, low1_SR = project(Rows(x_TH, token_S, inverse_TK), up, offsets_E)
         parts = []
         for span, ends_E in _spans(down.weight, offsets_E, order_S):
             a_SI = gate_forward(gate, z_SN[span], b1, order_S[span], ends_E)
@@ -87,7 +88,7 @@ class _Experts(torch.autograd.Function):
                 expert_S = ids_TK.reshape(-1).index_select(0, order_S).clamp(0, b2.shape[0] - 1)
                 out_SH = out_SH + b2.index_select(0, expert_S)
             return out_SH
-        return combine_rows(out_SH, inverse_S.view_as(ids_TK), offsets_E, weights_TK, b2, ids_TK)
+        return combine_rows(out_SH, inverse_TK, offsets_E, weights_TK, b2, ids_TK)
 
     @staticmethod
     @once_differentiable
@@ -102,7 +103,8 @@ class _Experts(torch.autograd.Function):
         up, down = Projection(w1, b1, a1, c1), Projection(w2, b2, a2, c2)
         dout = dout.contiguous()
         scales_S = weights_TK.reshape(-1) if ctx.combine else torch.ones_like(order_S, dtype=dout.dtype)
-        douts = Rows(dout, token_S if ctx.combine else None)
+        inverse_TK = inverse_S.view_as(ids_TK)
+        douts = Rows(dout, token_S, inverse_TK) if ctx.combine else Rows(dout)
 
         dz_SN = torch.empty_like(z_SN) if _graph_is_kept() else z_SN
         dscales_S = torch.zeros(
@@ -136,11 +138,11 @@ class _Experts(torch.autograd.Function):
         dx_TH = dlow_SR = None
         if need_x:
             dx_SH, dlow_SR = project_back(dzs, up, offsets_E)
-            dx_TH = combine_rows(dx_SH, inverse_S.view_as(ids_TK), offsets_E)
+            dx_TH = combine_rows(dx_SH, inverse_TK, offsets_E)
             del dx_SH
         elif need_up.lora_a:
             dlow_SR = low_back(dzs, up, offsets_E)
-        dup = parameter_grads(Rows(x_TH, token_S), dzs, up, need_up, Low(low1_SR, dlow_SR), offsets_E)
+        dup = parameter_grads(Rows(x_TH, token_S, inverse_TK), dzs, up, need_up, Low(low1_SR, dlow_SR), offsets_E)
         return dx_TH, dweights_TK, *dup, *ddown, None, None, None, None
 
 

@@ -28,8 +28,10 @@ def _call(function: str, *arguments: Any) -> None:
 
 
 def load_kernel(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
-    """A kernel for the current device, which may use ``shared_bytes`` of shared memory. It is never unloaded."""
-    torch.cuda.current_stream()  # creates the device's context if nothing has so far
+    """A kernel for the current device, which may use ``shared_bytes`` of shared memory. It is never unloaded.
+
+    The thread must have worked on the device before: what torch does first there gives the thread its CUDA context.
+    """
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _call("cuModuleLoadData", ctypes.byref(module), cubin)
     _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
@@ -38,36 +40,50 @@ def load_kernel(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
 
 
 class TensorMap:
-    """A 2-byte tensor of up to three dimensions as TMA sees it, in boxes swizzled by 128 bytes.
+    """What TMA must know of a tensor, where the driver wants it: see `tensor_map`."""
 
-    Outside of the tensor, a box is filled with zeros.
+    def __init__(self) -> None:
+        # cuda-bindings has a class for this, but its memory is not aligned as the driver demands.
+        self._memory = ctypes.create_string_buffer(2 * _MAP_BYTES)
+        self.address = -(-ctypes.addressof(self._memory) // _MAP_BYTES) * _MAP_BYTES
+
+
+def tensor_map(tensor: Tensor, box: tuple[int, int]) -> TensorMap:
+    """A 2-byte tensor as TMA sees it, in boxes swizzled by 128 bytes. Outside of it, a box is filled with zeros.
 
     Args:
         tensor: ``[rows, columns]`` or ``[matrices, rows, columns]``; columns are contiguous, the address and the other
             strides are multiples of 16 bytes.
         box: rows and columns that one copy takes, 64 columns at most.
     """
+    if tensor.dim() == 2:
+        tensor = tensor[None]
+    matrix_stride, row_stride, _ = tensor.stride()
+    strides = (row_stride * 2, max(matrix_stride, row_stride) * 2)
+    return _encoded(tensor.data_ptr(), _ELEMENTS[tensor.dtype], tuple(reversed(tensor.shape)), strides, box)
 
-    def __init__(self, tensor: Tensor, box: tuple[int, int]) -> None:
-        # cuda-bindings has a class for this, but its memory is not aligned as the driver demands.
-        self._memory = ctypes.create_string_buffer(2 * _MAP_BYTES)
-        self.address = -(-ctypes.addressof(self._memory) // _MAP_BYTES) * _MAP_BYTES
-        if tensor.dim() == 2:
-            tensor = tensor[None]
-        sizes = (ctypes.c_uint64 * 3)(*reversed(tensor.shape))
-        strides = (ctypes.c_uint64 * 2)(tensor.stride(1) * 2, max(tensor.stride(0), tensor.stride(1)) * 2)
-        _call(
-            "cuTensorMapEncodeTiled", ctypes.c_void_p(self.address), _ELEMENTS[tensor.dtype], 3,
-            ctypes.c_void_p(tensor.data_ptr()), sizes, strides, (ctypes.c_uint32 * 3)(box[1], box[0], 1),
-            (ctypes.c_uint32 * 3)(1, 1, 1), 0, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, 0,
-        )  # fmt: skip
+
+@functools.lru_cache(maxsize=4096)  # weights stay where they are, and activations come back to the same addresses
+def _encoded(
+    pointer: int, elements: int, sizes: tuple[int, ...], strides: tuple[int, int], box: tuple[int, int]
+) -> TensorMap:
+    result = TensorMap()
+    _call(
+        "cuTensorMapEncodeTiled", ctypes.c_void_p(result.address), elements, 3, ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * 3)(*sizes), (ctypes.c_uint64 * 2)(*strides), (ctypes.c_uint32 * 3)(box[1], box[0], 1),
+        (ctypes.c_uint32 * 3)(1, 1, 1), 0, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, 0,
+    )  # fmt: skip
+    return result
 
 
 def launch(
     kernel: ctypes.c_void_p, blocks: int, threads: int, shared_bytes: int,
     arguments: Sequence[TensorMap | Tensor | int],
 ) -> None:  # fmt: skip
-    """Start a kernel on torch's current stream. An int is passed as 32 bits, a tensor as the address of its numbers."""
+    """Start a kernel on torch's current stream. An int is passed as 32 bits, a tensor as the address of its numbers.
+
+    As for `load_kernel`, torch must have worked on the device in this thread.
+    """
     values: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):

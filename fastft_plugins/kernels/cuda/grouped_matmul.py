@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastft_plugins.kernels.cuda.compiler import compile_cuda
-from fastft_plugins.kernels.cuda.driver import TensorMap, launch, load_kernel
+from fastft_plugins.kernels.cuda.driver import TensorMap, launch, load_kernel, tensor_map
 from fastft_plugins.kernels.rows import Rows
 
 COLUMNS = 192  # of a tile, see grouped_matmul.cu, as for the next three
@@ -35,7 +35,7 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: No
     if size:
         along_n = weight_EKN.stride(2) == 1
         matrices, box = (weight_EKN, (_BLOCK, _BLOCK)) if along_n else (weight_EKN.transpose(1, 2), (COLUMNS, _BLOCK))
-        a, b = TensorMap(rows_SK, (_BLOCK, _BLOCK)), TensorMap(matrices, box)
+        a, b = tensor_map(rows_SK, (_BLOCK, _BLOCK)), tensor_map(matrices, box)
         _run(rows_SK, False, along_n, False, a, b, a, product_SN, product_SN, offsets_E, experts, 0, width, inner)
     return product_SN
 
@@ -69,8 +69,8 @@ def _weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor, weights_S8: Tensor 
     out_EKN = make((experts, inner, width), dtype=rows_SK.dtype, device=rows_SK.device)
     sums_EN = make((experts, width), dtype=rows_SK.dtype, device=rows_SK.device) if weights_S8 is not None else out_EKN
     if rows_SK.shape[0]:
-        a, b = (TensorMap(tensor, (_BLOCK, _BLOCK)) for tensor in (rows_SK, grads_SN))
-        weights = a if weights_S8 is None else TensorMap(weights_S8, (_BLOCK, _BLOCK))
+        a, b = (tensor_map(tensor, (_BLOCK, _BLOCK)) for tensor in (rows_SK, grads_SN))
+        weights = a if weights_S8 is None else tensor_map(weights_S8, (_BLOCK, _BLOCK))
         _run(
             rows_SK, True, True, weights_S8 is not None, a, b, weights, out_EKN, sums_EN, offsets_E, experts, inner,
             width, 0,
@@ -83,8 +83,8 @@ def _run(
     out: Tensor, sums_EN: Tensor, offsets_E: Tensor, *sizes: int,
 ) -> None:  # fmt: skip
     device = rows_SK.device
+    next_tile = torch.zeros(1, dtype=torch.int32, device=device)  # first: it gives a new thread its CUDA context
     kernel = _kernel(device, weight_grad, along_n, sums, _DTYPES[rows_SK.dtype])
-    next_tile = torch.zeros(1, dtype=torch.int32, device=device)
     arguments: list[TensorMap | Tensor | int] = [a, b, weights, out, sums_EN, next_tile, offsets_E, *sizes]
     launch(kernel, _multiprocessors(device), _THREADS, _SHARED_BYTES, arguments)
 

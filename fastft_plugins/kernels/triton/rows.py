@@ -11,11 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 
-def gather_rows(source_TH: Tensor, index_S: Tensor) -> Tensor:
+def gather_rows(source_TH: Tensor, index_S: Tensor, inverse_TK: Tensor | None = None) -> Tensor:
     """See `fastft_plugins.kernels.rows.gather_rows`."""
     size, width = index_S.numel(), source_TH.shape[1]
     out_SH = torch.empty((size, width), dtype=source_TH.dtype, device=source_TH.device)
-    if out_SH.numel():
+    if out_SH.numel() and inverse_TK is not None:
+        columns = min(triton.next_power_of_2(width), 512)
+        rows = 2048 // columns
+        tokens, top_k = inverse_TK.shape
+        grid = (triton.cdiv(tokens, rows), triton.cdiv(width, columns))
+        _spread[grid](source_TH, inverse_TK, out_SH, tokens, width, source_TH.stride(0), K=top_k, ROWS=rows,
+                      COLUMNS=columns, num_warps=4)  # fmt: skip
+    elif out_SH.numel():
         columns = min(triton.next_power_of_2(width), 512)
         rows = 4096 // columns
         grid = (triton.cdiv(size, rows), triton.cdiv(width, columns))
@@ -58,6 +65,20 @@ def _gather(source_ptr, index_ptr, out_ptr, size, width, stride, ROWS: tl.conste
     source = tl.load(index_ptr + rows, mask=rows < size, other=0).to(tl.int64)
     values = tl.load(source_ptr + source[:, None] * stride + columns[None, :], mask=inside)
     tl.store(out_ptr + rows[:, None] * width + columns[None, :], values, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _spread(
+    source_ptr, inverse_ptr, out_ptr, tokens, width, stride,
+    K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (token[:, None] < tokens) & (columns[None, :] < width)
+    values = tl.load(source_ptr + token[:, None] * stride + columns[None, :], mask=inside)
+    for k in tl.static_range(K):
+        row = tl.load(inverse_ptr + token * K + k, mask=token < tokens, other=0).to(tl.int64)
+        tl.store(out_ptr + row[:, None] * width + columns[None, :], values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
