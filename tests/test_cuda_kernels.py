@@ -15,7 +15,7 @@ from gpu_helpers import host_syncs_are_errors, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastft_plugins.kernels import grouped_matmul_rejects
+from fastft_plugins.kernels import grouped_matmul_rejects as rejects
 from fastft_plugins.kernels.cuda import grouped_matmul as cuda
 from fastft_plugins.kernels.dispatch import choose
 from fastft_plugins.kernels.grouped_matmul import reference_grouped_matmul, reference_grouped_weight_grad
@@ -71,7 +71,40 @@ def test_the_compiler_says_what_it_does_not_understand():
 
 def test_without_a_gpu_it_says_so():
     call = MatmulCall(torch.device("cpu"), torch.bfloat16, 2880, 5760)
-    assert grouped_matmul_rejects.cuda_rejects(call) == "needs an NVIDIA GPU, the tensors are on cpu"
+    for reject in (rejects.cuda_product_rejects, rejects.cuda_grad_rejects, rejects.cuda_sums_reject):
+        assert reject(call) == "needs an NVIDIA GPU, the tensors are on cpu"
+
+
+@pytest.fixture
+def on_a_hopper(monkeypatch):
+    """Reasons are given as on such a GPU."""
+    monkeypatch.setattr(rejects, "not_on_nvidia", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def test_is_chosen_where_it_was_measured_to_be_faster(on_a_hopper):
+    def product(inner, width, **more):
+        return rejects.cuda_product_rejects(call(inner, width, **more))
+
+    def call(inner, width, dtype=torch.bfloat16, **more):
+        return MatmulCall(torch.device("cuda", 0), dtype, inner, width, **more)
+
+    assert product(2880, 5760) is product(5760, 2880) is product(768, 2048, dtype=torch.float16) is None
+    assert product(14336, 4096) == "has tiles of 192 columns, which fit a width of 4096 worse than others"
+    assert product(512, 1024) == "wastes its tiles of 192 columns on a width of 1024"
+    assert product(2880, 16) == "wastes its tiles on a width of 16"
+    assert product(2880, 5760, accumulate=True) == "cannot add to its output"
+    assert product(2880, 5760, dtype=torch.float32) == "needs bfloat16 or float16, got torch.float32"
+    assert "needs a dense weight" in product(2880, 5760, dense=False)
+    assert rejects.cuda_grad_rejects(call(2880, 5760)) is rejects.cuda_sums_reject(call(2880, 5760)) is None
+    assert "fit a width of 2048 worse" in rejects.cuda_grad_rejects(call(768, 2048))
+    assert rejects.cuda_sums_reject(call(200, 576)) == "needs an inner width in steps of 64, got 200"
+
+
+def test_other_generations_keep_their_kernels(on_a_hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    call = MatmulCall(torch.device("cuda", 0), torch.bfloat16, 2880, 5760)
+    assert rejects.cuda_product_rejects(call) == "is written for compute capability 9.0"
 
 
 # --- on a GPU
@@ -199,15 +232,6 @@ def test_more_than_two_billion_numbers():
 
 @pytest.mark.gpu
 @on_hopper
-def test_is_chosen_where_it_is_faster():
-    def kernel(inner, width, op="grouped_matmul", dtype=torch.bfloat16, **more):
-        return str(choose(op, MatmulCall(torch.device("cuda", 0), dtype, inner, width, **more)))
-
-    for op in ("grouped_matmul", "grouped_weight_grad", "grouped_weight_bias_grad"):
-        assert kernel(2880, 5760, op) == "CUDA for Hopper"
-        assert kernel(2048, 768, op, torch.float16) == "CUDA for Hopper"
-    assert "not CUDA for Hopper: wastes its tiles on a width of 1024" in kernel(2880, 1024)
-    assert "not CUDA for Hopper: wastes its tiles on a width of 16" in kernel(2880, 16)
-    assert "not CUDA for Hopper: cannot add to its output" in kernel(2880, 5760, accumulate=True)
-    assert "not CUDA for Hopper: needs a dense weight" in kernel(2880, 5760, dense=False)
-    assert "needs an inner width in steps of 64, got 136" in kernel(136, 5760, "grouped_weight_bias_grad")
+@pytest.mark.parametrize("op", ["grouped_matmul", "grouped_weight_grad", "grouped_weight_bias_grad"])
+def test_is_the_first_choice(op):
+    assert str(choose(op, MatmulCall(torch.device("cuda", 0), torch.bfloat16, 2880, 5760))) == "CUDA for Hopper"
