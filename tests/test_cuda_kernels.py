@@ -18,7 +18,12 @@ from hypothesis import strategies as st
 from fastft_plugins.kernels import grouped_matmul_rejects as rejects
 from fastft_plugins.kernels.cuda import grouped_matmul as cuda
 from fastft_plugins.kernels.dispatch import choose
-from fastft_plugins.kernels.grouped_matmul import reference_grouped_matmul, reference_grouped_weight_grad
+from fastft_plugins.kernels.grouped_matmul import (
+    grouped_matmul,
+    grouped_weight_grad,
+    reference_grouped_matmul,
+    reference_grouped_weight_grad,
+)
 from fastft_plugins.kernels.grouped_matmul_rejects import MatmulCall
 from fastft_plugins.kernels.rows import Rows, reference_segment_sum
 
@@ -95,7 +100,8 @@ def test_is_chosen_where_it_was_measured_to_be_faster(on_a_hopper):
     assert product(2880, 16) == "wastes its tiles on a width of 16"
     assert product(2880, 5760, accumulate=True) == "cannot add to its output"
     assert product(2880, 5760, dtype=torch.float32) == "needs bfloat16 or float16, got torch.float32"
-    assert "needs a dense weight" in product(2880, 5760, dense=False)
+    assert product(2880, 5760, dense=False) == "needs a dense weight"
+    assert product(2880, 5760, aligned=False) == "needs matrices and rows that start at a multiple of 16 bytes"
     assert rejects.cuda_grad_rejects(call(2880, 5760)) is rejects.cuda_sums_reject(call(2880, 5760)) is None
     assert "fit a width of 2048 worse" in rejects.cuda_grad_rejects(call(768, 2048))
     assert rejects.cuda_sums_reject(call(200, 576)) == "needs an inner width in steps of 64, got 200"
@@ -228,6 +234,25 @@ def test_more_than_two_billion_numbers():
     grad = cuda.grouped_weight_grad(rows, Rows(got), ends(counts))
     expected = rows.source_XH[-60_000:].float().t() @ got[-60_000:].float()
     assert relative_error(grad[2], expected) < 4e-3
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_numbers_that_start_anywhere_go_to_another_kernel():
+    rows = torch.randn(301 * 576 + 1, device="cuda").bfloat16()
+    weight = torch.randn(2 * 576 * 384 + 1, device="cuda").bfloat16()
+    aligned = Rows(rows[:-1].view(301, 576)), weight[:-1].view(2, 576, 384)
+    for these_rows, this_weight in (
+        (Rows(rows[1:].view(301, 576)), aligned[1]),
+        (aligned[0], weight[1:].view(2, 576, 384)),
+    ):
+        got = grouped_matmul(these_rows, this_weight, ends([101, 200]))
+        truth = reference_grouped_matmul(Rows(these_rows.source_XH.double()), this_weight.double(), ends([101, 200]))
+        assert_near(got, truth, torch.bfloat16)
+    grads = Rows(torch.randn(301, 384, device="cuda").bfloat16())
+    got = grouped_weight_grad(Rows(rows[1:].view(301, 576)), grads, ends([101, 200]))
+    exact = Rows(rows[1:].view(301, 576).double()), Rows(grads.source_XH.double())
+    assert_near(got, reference_grouped_weight_grad(*exact, ends([101, 200])), torch.bfloat16)
 
 
 @pytest.mark.gpu

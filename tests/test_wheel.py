@@ -53,6 +53,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == PACKAGES
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    assert "fastft_plugins/kernels/cuda/grouped_matmul.cu" in names
     assert "fastft_plugins/autostart/sitecustomize.py" in names  # no package, but `fastft run` puts it in PYTHONPATH
 
 

@@ -28,17 +28,15 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Te
     source = rows.source_XH
     _, inner, width = weight_EKN.shape
     dense = weight_EKN.is_contiguous() or weight_EKN.transpose(1, 2).is_contiguous()
-    dense = dense and weight_EKN.data_ptr() % 16 == 0  # a view into a flat buffer of parameters may start anywhere
-    call = MatmulCall(source.device, source.dtype, inner, width, dense, accumulate=out_SN is not None)
+    aligned = _aligned(rows) and weight_EKN.data_ptr() % 16 == 0  # a view into a flat buffer may start anywhere
+    call = MatmulCall(source.device, source.dtype, inner, width, dense, aligned, accumulate=out_SN is not None)
     product_SN: Tensor = choose("grouped_matmul", call).kernel.run(rows, weight_EKN, offsets_E, out_SN)
     return product_SN
 
 
 def grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
     """The sum over each expert's rows of rowᵀ · grad: ``[E, K, N]``, contiguous; 0 for an expert without rows."""
-    source = rows.source_XH
-    call = MatmulCall(source.device, source.dtype, source.shape[1], grads.source_XH.shape[1])
-    out_EKN: Tensor = choose("grouped_weight_grad", call).kernel.run(rows, grads, offsets_E)
+    out_EKN: Tensor = choose("grouped_weight_grad", _grad_call(rows, grads)).kernel.run(rows, grads, offsets_E)
     return out_EKN
 
 
@@ -50,11 +48,23 @@ def grouped_weight_bias_grad(
     Returns:
         ``[E, K, N]``, and ``[E, N]`` summed in fp32 (fp64 for fp64) and rounded to the dtype of ``grads`` or better.
     """
-    source = rows.source_XH
-    call = MatmulCall(source.device, source.dtype, source.shape[1], grads.source_XH.shape[1])
-    run = choose("grouped_weight_bias_grad", call).kernel.run
+    run = choose("grouped_weight_bias_grad", _grad_call(rows, grads)).kernel.run
     both: tuple[Tensor, Tensor] = run(rows, grads, offsets_E, weights_S)
     return both
+
+
+def _grad_call(rows: Rows, grads: Rows) -> MatmulCall:
+    source, width = rows.source_XH, grads.source_XH.shape[1]
+    return MatmulCall(source.device, source.dtype, source.shape[1], width, aligned=_aligned(rows) and _aligned(grads))
+
+
+def _aligned(rows: Rows) -> bool:
+    """Whether each row starts at a multiple of 16 bytes once it has been gathered."""
+    source = rows.source_XH
+    if rows.index_S is not None:
+        return True
+    row_bytes = source.stride(0) * source.element_size()
+    return source.stride(1) == 1 and source.data_ptr() % 16 == 0 and row_bytes % 16 == 0
 
 
 def reference_grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Tensor | None = None) -> Tensor:

@@ -22,15 +22,16 @@ class MatmulCall(TensorCall):
 
     inner: int
     width: int
-    dense: bool = True  # the weight lies in memory as [E, K, N] or as [E, N, K], from a multiple of 16 bytes on
+    dense: bool = True  # the weight lies in memory as [E, K, N] or as [E, N, K]
+    aligned: bool = True  # each matrix and its rows start at a multiple of 16 bytes
     accumulate: bool = False
 
 
 def cuda_product_rejects(call: MatmulCall) -> str | None:
     """Where it was slower than others on an H200.
 
-    It is 5 % faster where its tiles fit (2880, 5760 columns). Where those of 256 columns fit better, it is still 4 to 7 %
-    faster with inner widths of 768 and 1536, and at least 2 % slower with 4096 and more.
+    It is 5 % faster where its tiles fit (2880, 5760 columns). Where those of 256 columns fit better, it is still 4 to
+    7 % faster with inner widths of 768 and 1536, and at least 2 % slower with 4096 and more.
     """
     reason = _cuda_rejects(call)
     if reason is None and call.width % _CUDA_COLUMNS and call.inner > 2048:
@@ -63,7 +64,7 @@ def _cuda_rejects(call: MatmulCall) -> str | None:
     if call.dtype not in _HALF:
         return f"needs bfloat16 or float16, got {call.dtype}"
     if not call.dense:
-        return "needs a dense weight that starts at a multiple of 16 bytes"
+        return "needs a dense weight"
     reason = _widths_reject(call)
     if reason is None and _filled(call.width, _CUDA_COLUMNS) < 0.95 * _filled(call.width, 256):
         return f"wastes its tiles of {_CUDA_COLUMNS} columns on a width of {call.width}"
@@ -83,7 +84,7 @@ def tma_rejects(call: MatmulCall) -> str | None:
 
 def tma_product_rejects(call: MatmulCall) -> str | None:
     if call.inner % 64 or not call.dense:
-        return f"needs a dense weight and an inner width in steps of 64, got {call.inner}"
+        return f"needs a dense weight, and an inner width in steps of 64, got {call.inner}"
     return tma_rejects(call)
 
 
@@ -97,7 +98,7 @@ def torch_rejects(call: MatmulCall) -> str | None:
     if call.dtype != torch.bfloat16:
         return f"is a loop that waits for the GPU in {call.dtype}"
     if not call.dense:
-        return "needs a dense weight that starts at a multiple of 16 bytes"
+        return "needs a dense weight"
     reason = _widths_reject(call)
     if reason is None and not torch_is_right(call.device):
         return "gave wrong products here when probed"
@@ -113,6 +114,8 @@ def triton_matmul_rejects(call: MatmulCall) -> str | None:
 def _widths_reject(call: MatmulCall) -> str | None:
     if call.inner % 8 or call.width % 8:
         return f"needs widths that are multiples of 8, got {call.inner} and {call.width}"
+    if not call.aligned:
+        return "needs matrices and rows that start at a multiple of 16 bytes"
     if call.accumulate:
         return "cannot add to its output"
     narrowest = min(call.inner, call.width)
