@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastft_plugins.kernels import grouped_matmul_rejects as rejects
+from fastft_plugins.kernels.cuda import compiler
 from fastft_plugins.kernels.cuda import grouped_matmul as cuda
 from fastft_plugins.kernels.dispatch import choose
 from fastft_plugins.kernels.grouped_matmul import (
@@ -68,10 +69,17 @@ def test_compiles_for_hopper_within_its_memory(weight_grad, along_n, sums, dtype
 
 def test_the_compiler_says_what_it_does_not_understand():
     pytest.importorskip("cuda.bindings.nvrtc")
-    from fastft_plugins.kernels.cuda.compiler import compile_cuda
-
     with pytest.raises(RuntimeError, match=r"cannot compile wrong\.cu: .*\n?.*unknown_thing"):
-        compile_cuda("__global__ void f() { unknown_thing(); }", "wrong.cu", "sm_90a")
+        compiler.compile_cuda("__global__ void f() { unknown_thing(); }", "wrong.cu", "sm_90a")
+
+
+def test_without_a_compiler_another_kernel_serves(on_a_hopper, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    reason = compiler.compiler_fails.__wrapped__("sm_90a")
+    assert reason.startswith("needs NVRTC for sm_90a: ModuleNotFoundError: ")
+    monkeypatch.setattr(rejects, "compiler_fails", lambda architecture: reason)
+    call = MatmulCall(torch.device("cuda", 0), torch.bfloat16, 2880, 5760)
+    assert rejects.cuda_product_rejects(call) == rejects.cuda_sums_reject(call) == reason
 
 
 def test_without_a_gpu_it_says_so():
@@ -84,6 +92,7 @@ def test_without_a_gpu_it_says_so():
 def on_a_hopper(monkeypatch):
     """Reasons are given as on such a GPU."""
     monkeypatch.setattr(rejects, "not_on_nvidia", lambda device: None)
+    monkeypatch.setattr(rejects, "compiler_fails", lambda architecture: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 

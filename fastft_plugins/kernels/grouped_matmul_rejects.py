@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
 
+from fastft_plugins.kernels.cuda.compiler import compiler_fails
 from fastft_plugins.kernels.dispatch import not_on_nvidia
 from fastft_plugins.kernels.grouped_matmul_torch import torch_is_right
 from fastft_plugins.kernels.triton_support import TensorCall, triton_rejects
@@ -59,16 +59,14 @@ def _cuda_rejects(call: MatmulCall) -> str | None:
         return reason
     if torch.cuda.get_device_capability(call.device) != (9, 0):
         return "is written for compute capability 9.0"
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        return "needs cuda-bindings, which torch's newer CUDA builds bring"
     if call.dtype not in _HALF:
         return f"needs bfloat16 or float16, got {call.dtype}"
     if not call.dense:
         return "needs a dense weight"
     reason = _widths_reject(call)
     if reason is None and _filled(call.width, _CUDA_COLUMNS) < 0.95 * _filled(call.width, 256):
-        return f"wastes its tiles of {_CUDA_COLUMNS} columns on a width of {call.width}"
-    return reason
+        reason = f"wastes its tiles of {_CUDA_COLUMNS} columns on a width of {call.width}"
+    return reason or compiler_fails("sm_90a")
 
 
 def tma_rejects(call: MatmulCall) -> str | None:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+
+
+@functools.cache
+def compiler_fails(architecture: str) -> str | None:
+    """Why nothing can be compiled for ``architecture`` here, or None."""
+    try:
+        compile_cuda('extern "C" __global__ void probe() {}', "probe.cu", architecture)
+    except Exception as error:  # a missing package, a missing library, an old compiler
+        return f"needs NVRTC for {architecture}: {type(error).__name__}: {error}"
+    return None
 
 
 def compile_cuda(source: str, name: str, architecture: str) -> bytes:
