@@ -89,7 +89,7 @@ def only(monkeypatch):
     def choose(name):
         for table in ("GROUPED_MATMUL_KERNELS", "GROUPED_WEIGHT_GRAD_KERNELS", "GROUPED_WEIGHT_BIAS_GRAD_KERNELS"):
             kernels = getattr(grouped_matmul, table)
-            others = ("loop over experts", "one after the other")
+            others = ("loop over experts", "weight gradient, then sums")
             kept = tuple(kernel for kernel in kernels if kernel.name in (name, *others))
             monkeypatch.setattr(grouped_matmul, table, kept)
         dispatch.forget()

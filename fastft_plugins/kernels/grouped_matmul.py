@@ -46,7 +46,8 @@ def grouped_weight_bias_grad(
     """`grouped_weight_grad`, and the sum over each expert's rows of grad, times ``weights_S`` if given.
 
     Returns:
-        ``[E, K, N]``, and ``[E, N]`` summed in fp32 (fp64 for fp64) and rounded to the dtype of ``grads`` or better.
+        ``[E, K, N]``, and ``[E, N]`` summed in fp32 (fp64 for fp64) and rounded to the dtype of ``grads`` or better, to
+        which ``weights_S`` may be rounded before.
     """
     run = choose("grouped_weight_bias_grad", _grad_call(rows, grads)).kernel.run
     both: tuple[Tensor, Tensor] = run(rows, grads, offsets_E, weights_S)
@@ -64,7 +65,8 @@ def _aligned(rows: Rows) -> bool:
     if rows.index_S is not None:
         return True
     row_bytes = source.stride(0) * source.element_size()
-    return source.stride(1) == 1 and source.data_ptr() % 16 == 0 and row_bytes % 16 == 0
+    apart = source.stride(0) >= source.shape[1]
+    return apart and source.stride(1) == 1 and source.data_ptr() % 16 == 0 and row_bytes % 16 == 0
 
 
 def reference_grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Tensor | None = None) -> Tensor:
@@ -114,5 +116,5 @@ GROUPED_WEIGHT_BIAS_GRAD_KERNELS = (
     Kernel(
         "CUDA for Hopper", 0, rejects.cuda_sums_reject, gpu_kernel("cuda.grouped_matmul", "grouped_weight_bias_grad")
     ),
-    Kernel("one after the other", 100, lambda call: None, _separate_grads),
+    Kernel("weight gradient, then sums", 100, lambda call: None, _separate_grads),
 )

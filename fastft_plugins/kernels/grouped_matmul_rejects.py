@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fastft_plugins.kernels.cuda.compiler import compiler_fails
+from fastft_plugins.kernels.cuda.grouped_matmul import COLUMNS, cannot_run
 from fastft_plugins.kernels.dispatch import not_on_nvidia
 from fastft_plugins.kernels.grouped_matmul_torch import torch_is_right
 from fastft_plugins.kernels.triton_support import TensorCall, triton_rejects
 
 _NARROW = 64  # below this width a tile is mostly empty
-_CUDA_COLUMNS = 192  # of a tile
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -34,22 +33,22 @@ def cuda_product_rejects(call: MatmulCall) -> str | None:
     7 % faster with inner widths of 768 and 1536, and at least 2 % slower with 4096 and more.
     """
     reason = _cuda_rejects(call)
-    if reason is None and call.width % _CUDA_COLUMNS and call.inner > 2048:
-        return f"has tiles of {_CUDA_COLUMNS} columns, which fit a width of {call.width} worse than others"
+    if reason is None and call.width % COLUMNS and call.inner > 2048:
+        return f"has tiles of {COLUMNS} columns, which fit a width of {call.width} worse than others"
     return reason
 
 
 def cuda_grad_rejects(call: MatmulCall) -> str | None:
     reason = _cuda_rejects(call)
-    if reason is None and call.width % _CUDA_COLUMNS:
-        return f"has tiles of {_CUDA_COLUMNS} columns, which fit a width of {call.width} worse than others"
+    if reason is None and call.width % COLUMNS:
+        return f"has tiles of {COLUMNS} columns, which fit a width of {call.width} worse than others"
     return reason
 
 
 def cuda_sums_reject(call: MatmulCall) -> str | None:
     reason = cuda_grad_rejects(call)
-    if reason is None and call.inner % 64:
-        return f"needs an inner width in steps of 64, got {call.inner}"
+    if reason is None and (call.inner % 64 or call.inner % 256 == 0):  # the sums take a row of a tile that is not full
+        return f"needs an inner width in steps of 64, but not of 256, got {call.inner}"
     return reason
 
 
@@ -64,9 +63,9 @@ def _cuda_rejects(call: MatmulCall) -> str | None:
     if not call.dense:
         return "needs a dense weight"
     reason = _widths_reject(call)
-    if reason is None and _filled(call.width, _CUDA_COLUMNS) < 0.95 * _filled(call.width, 256):
-        reason = f"wastes its tiles of {_CUDA_COLUMNS} columns on a width of {call.width}"
-    return reason or compiler_fails("sm_90a")
+    if reason is None and _filled(call.width, COLUMNS) < 0.95 * _filled(call.width, 256):
+        reason = f"wastes its tiles of {COLUMNS} columns on a width of {call.width}"
+    return reason or cannot_run(call.device, call.dtype)
 
 
 def tma_rejects(call: MatmulCall) -> str | None:

@@ -1,1 +1,1 @@
-"""Kernels in CUDA C++, for what Triton cannot express; compiled when first needed, by the NVRTC that torch brings."""
+"""Kernels in CUDA C++, for what Triton cannot express; compiled when first needed."""

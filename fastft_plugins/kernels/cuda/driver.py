@@ -24,7 +24,9 @@ def _driver() -> ctypes.CDLL:
 def _call(function: str, *arguments: Any) -> None:
     status = getattr(_driver(), function)(*arguments)
     if status:
-        raise RuntimeError(f"{function} failed with CUDA error {status}")
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(status, ctypes.byref(name))
+        raise RuntimeError(f"{function} failed: {(name.value or b'unknown error').decode()} ({status})")
 
 
 def load_kernel(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
@@ -55,6 +57,8 @@ def tensor_map(tensor: Tensor, box: tuple[int, int]) -> TensorMap:
         tensor: ``[rows, columns]`` or ``[matrices, rows, columns]``; columns are contiguous, the address and the other
             strides are multiples of 16 bytes.
         box: rows and columns that one copy takes, 64 columns at most.
+
+    As for `load_kernel`, torch must have worked on the device in this thread.
     """
     if tensor.dim() == 2:
         tensor = tensor[None]

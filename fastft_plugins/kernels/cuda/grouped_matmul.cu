@@ -51,9 +51,10 @@ __device__ __forceinline__ void load(u32 to, const TensorMap &map, u32 barrier, 
         ::"r"(to), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier) : "memory");
 }
 
-// How wgmma finds an operand whose rows of 128 bytes are swizzled (PTX ISA, "Matrix descriptor"): eight rows follow each
-// other in 1024 bytes. `along_k`: a row holds 64 steps of k. Otherwise it holds 64 rows or columns of the matrix, and
-// the next 64 are a block further.
+// How wgmma finds an operand whose rows of 128 bytes are swizzled (PTX ISA, "Matrix descriptor"). `along_k`: a row holds
+// 64 steps of k. Otherwise it holds 64 rows or columns of the matrix, and the next 64 are a block further.
+// Bits 0 to 13: address; 16 to 29: distance of the next 64 rows or columns; 32 to 45: distance of eight rows of 128 bytes,
+// all in units of 16 bytes; 62 and 63: 1 for a swizzle of 128 bytes.
 __device__ __forceinline__ u64 operand(u32 address, bool along_k, int sixteen_k) {
     address += sixteen_k * (along_k ? 16 * 2 : 16 * 128);
     u64 next_64 = along_k ? 0 : BLOCK_BYTES / 16;
@@ -73,7 +74,8 @@ struct Tile {
 struct Tiles {
     const int *ends;
     int experts, height, width, inner;
-    int expert = 0, start = 0, end, before = 0;
+    int expert = 0, start = 0, end = ends[0];  // where the search is, and its rows
+    int before = 0;                            // tiles of the experts before
 
     __device__ __forceinline__ int rows() const { return WEIGHT_GRAD ? height : end - start; }
     __device__ __forceinline__ int tiles_down() const { return (rows() + SUMS + TILE_M - 1) / TILE_M; }
@@ -111,6 +113,7 @@ struct Ring {
     __device__ __forceinline__ void wait_full() const { wait(full + slot * 8, parity); }
     __device__ __forceinline__ void wait_empty() const { wait(empty + slot * 8, parity ^ 1); }
     __device__ __forceinline__ void release(int used) const {  // every warp says it for itself
+        __syncwarp();
         if (threadIdx.x % 32 == 0) arrive(empty + used * 8);
     }
 };
@@ -121,10 +124,6 @@ __device__ __forceinline__ void load_tiles(Ring ring, Tiles tiles, const TensorM
                                            const TensorMap &weights_map, int *next_tile) {
     Tile tile;
     for (int number = blockIdx.x;;) {
-        // Whoever is free takes the next tile. With a fixed share of the tiles, uneven experts let the multiprocessors
-        // drift apart until they no longer find each other's rows and weights in the L2 cache: one product of
-        // gpt-oss-20b read 18 GB from memory instead of 5 (H100).
-        int next = gridDim.x + atomicAdd(next_tile, 1);
         bool found = tiles.find(number, tile);
         for (int step = 0; step < (found ? tile.steps : 1); step++) {
             ring.wait_empty();
@@ -152,7 +151,10 @@ __device__ __forceinline__ void load_tiles(Ring ring, Tiles tiles, const TensorM
             else load(ring.b(), b_map, full, k, tile.n, tile.expert);
             ring.advance();
         }
-        number = next;
+        // Whoever is free takes the next tile. With a fixed share of the tiles, uneven experts let the multiprocessors
+        // drift apart until they no longer find each other's rows and weights in the L2 cache: one product of
+        // gpt-oss-20b read 18 GB from memory instead of 5 (H100).
+        number = gridDim.x + atomicAdd(next_tile, 1);
     }
 }
 
@@ -160,7 +162,6 @@ __device__ __forceinline__ void load_tiles(Ring ring, Tiles tiles, const TensorM
 
 // Sets the rows of the slot that belong to the next expert, or to nobody and may be NaN, to 0.
 __device__ __forceinline__ void clear_rows_from(u32 slot, int row) {
-    asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLYING) : "memory");
     for (int i = threadIdx.x % MULTIPLYING; i < SLOT_BYTES / 16; i += MULTIPLYING)
         if (i % (BLOCK_BYTES / 16) / 8 >= row)
             asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(slot + i * 16), "r"(0) : "memory");
@@ -168,7 +169,8 @@ __device__ __forceinline__ void clear_rows_from(u32 slot, int row) {
     asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLYING) : "memory");
 }
 
-// The tile's sums over k for this warpgroup's blocks: `warpgroup` and, if there is a second one, `warpgroup` + 2.
+// The tile's sums over k for this warpgroup's blocks: `warpgroup` and, if there is a second one, `warpgroup` + 2. How many
+// is known to the compiler, because wgmma names the registers of its sums.
 template <int BLOCKS_USED>
 __device__ __forceinline__ void multiply(float (&sums)[BLOCKS_OF_WARPGROUP][SUMS_OF_THREAD], Ring &ring,
                                          const Tile &tile, int warpgroup) {
@@ -201,6 +203,10 @@ __device__ __forceinline__ void multiply(float (&sums)[BLOCKS_OF_WARPGROUP][SUMS
     }
     if (BLOCKS_USED > 0) {
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        #pragma unroll
+        for (int i = 0; i < BLOCKS_USED; i++)  // no instruction: nothing that reads the sums may move above the wait
+            #pragma unroll
+            for (int j = 0; j < SUMS_OF_THREAD; j++) asm volatile("" : "+f"(sums[i][j]));
         ring.release(previous);
     }
 }
@@ -265,9 +271,9 @@ grouped_matmul(const __grid_constant__ TensorMap a_map, const __grid_constant__ 
     }
     __syncthreads();
     Tiles tiles{ends, experts, height, width, inner};
-    tiles.end = ends[0];
     // Through a shuffle the compiler sees that a warpgroup stays together, without which it makes wgmma wait every time.
     int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1;
+    // 128 * 40 + 256 * 232 registers are the 384 * 168 that the compiler gave; for more, the block would wait for ever.
     if (warpgroup < 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 0) load_tiles(ring, tiles, a_map, b_map, weights_map, next_tile);

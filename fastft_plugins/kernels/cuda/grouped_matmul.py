@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from importlib.resources import files
 
 import torch
 from torch import Tensor
 
 from fastft_plugins.kernels.cuda.compiler import compile_cuda
-from fastft_plugins.kernels.cuda.driver import TensorMap, launch, load_kernel, tensor_map
+from fastft_plugins.kernels.cuda.driver import launch, load_kernel, tensor_map
 from fastft_plugins.kernels.rows import Rows
 
 COLUMNS = 192  # of a tile, see grouped_matmul.cu, as for the next three
 _STAGES, _BLOCK, _THREADS = 4, 64, 384
 _SHARED_BYTES = 1024 + _STAGES * (256 + COLUMNS) * _BLOCK * 2 + _STAGES * (8 + 8 + 4)
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-_PER_ROW_OF_WEIGHTS = 8  # TMA reads 16 bytes at least
+_BOX = (_BLOCK, _BLOCK)
+_WEIGHTS_OF_ROW = 8  # of which one counts: rows of a tensor map lie a multiple of 16 bytes apart
 
 
 def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: None = None) -> Tensor:
@@ -34,9 +36,9 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: No
     product_SN = torch.empty((size, width), dtype=rows_SK.dtype, device=rows_SK.device)
     if size:
         along_n = weight_EKN.stride(2) == 1
-        matrices, box = (weight_EKN, (_BLOCK, _BLOCK)) if along_n else (weight_EKN.transpose(1, 2), (COLUMNS, _BLOCK))
-        a, b = tensor_map(rows_SK, (_BLOCK, _BLOCK)), tensor_map(matrices, box)
-        _run(rows_SK, False, along_n, False, a, b, a, product_SN, product_SN, offsets_E, experts, 0, width, inner)
+        b = (weight_EKN, _BOX) if along_n else (weight_EKN.transpose(1, 2), (COLUMNS, _BLOCK))
+        a = (rows_SK, _BOX)
+        _run((False, along_n, False), [a, b, a], product_SN, product_SN, offsets_E, experts, 0, width, inner)
     return product_SN
 
 
@@ -50,15 +52,15 @@ def grouped_weight_bias_grad(
 ) -> tuple[Tensor, Tensor]:
     """See `fastft_plugins.kernels.grouped_matmul.grouped_weight_bias_grad`. The rows' width must be a multiple of 64.
 
-    The weights of the rows are one more column of the rows, so that the sum is one more row of the weight's gradient.
-    It costs next to nothing where that row fits into a tile which is not full.
+    The weights of the rows, in the dtype of the rows, are one more column of the rows, so that the sum is one more row
+    of the weight's gradient. It costs next to nothing where that row fits into a tile which is not full.
     """
-    sample_SK = rows.source_XH
+    source_XK = rows.source_XH
     size = grads.source_XH.shape[0] if grads.index_S is None else grads.index_S.shape[0]
     if weights_S is None:
-        weights_S8 = torch.ones((size, _PER_ROW_OF_WEIGHTS), dtype=sample_SK.dtype, device=sample_SK.device)
+        weights_S8 = torch.ones((size, _WEIGHTS_OF_ROW), dtype=source_XK.dtype, device=source_XK.device)
     else:
-        weights_S8 = weights_S.to(sample_SK.dtype)[:, None].expand(-1, _PER_ROW_OF_WEIGHTS).contiguous()
+        weights_S8 = weights_S.to(source_XK.dtype)[:, None].expand(-1, _WEIGHTS_OF_ROW).contiguous()
     return _weight_grad(rows, grads, offsets_E, weights_S8)
 
 
@@ -69,24 +71,38 @@ def _weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor, weights_S8: Tensor 
     out_EKN = make((experts, inner, width), dtype=rows_SK.dtype, device=rows_SK.device)
     sums_EN = make((experts, width), dtype=rows_SK.dtype, device=rows_SK.device) if weights_S8 is not None else out_EKN
     if rows_SK.shape[0]:
-        a, b = (tensor_map(tensor, (_BLOCK, _BLOCK)) for tensor in (rows_SK, grads_SN))
-        weights = a if weights_S8 is None else tensor_map(weights_S8, (_BLOCK, _BLOCK))
-        _run(
-            rows_SK, True, True, weights_S8 is not None, a, b, weights, out_EKN, sums_EN, offsets_E, experts, inner,
-            width, 0,
-        )  # fmt: skip
+        operands = [(rows_SK, _BOX), (grads_SN, _BOX), (rows_SK if weights_S8 is None else weights_S8, _BOX)]
+        variant = (True, True, weights_S8 is not None)
+        _run(variant, operands, out_EKN, sums_EN, offsets_E, experts, inner, width, 0)
     return out_EKN, sums_EN
 
 
 def _run(
-    rows_SK: Tensor, weight_grad: bool, along_n: bool, sums: bool, a: TensorMap, b: TensorMap, weights: TensorMap,
-    out: Tensor, sums_EN: Tensor, offsets_E: Tensor, *sizes: int,
+    variant: tuple[bool, bool, bool], operands: Sequence[tuple[Tensor, tuple[int, int]]], out: Tensor, sums_EN: Tensor,
+    offsets_E: Tensor, *sizes: int,
 ) -> None:  # fmt: skip
-    device = rows_SK.device
-    next_tile = torch.zeros(1, dtype=torch.int32, device=device)  # first: it gives a new thread its CUDA context
-    kernel = _kernel(device, weight_grad, along_n, sums, _DTYPES[rows_SK.dtype])
-    arguments: list[TensorMap | Tensor | int] = [a, b, weights, out, sums_EN, next_tile, offsets_E, *sizes]
-    launch(kernel, _multiprocessors(device), _THREADS, _SHARED_BYTES, arguments)
+    next_tile = torch.zeros(1, dtype=torch.int32, device=out.device)  # first: it gives a new thread its CUDA context
+    kernel = _kernel(out.device, *variant, _DTYPES[out.dtype])
+    maps = [tensor_map(tensor, box) for tensor, box in operands]
+    launch(
+        kernel,
+        _multiprocessors(out.device),
+        _THREADS,
+        _SHARED_BYTES,
+        [*maps, out, sums_EN, next_tile, offsets_E, *sizes],
+    )
+
+
+@functools.cache
+def cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this machine cannot compile or load the kernel, or None. Compiles the variant that every training uses."""
+    try:
+        with torch.cuda.device(device):
+            torch.zeros(1, device=device)
+            _kernel(device, False, True, False, _DTYPES[dtype])
+    except Exception as error:  # a missing package or library, an old compiler, a driver older than the compiler
+        return f"cannot be compiled or loaded here: {type(error).__name__}: {error}"
+    return None
 
 
 @functools.cache
@@ -101,7 +117,7 @@ def _kernel(device: torch.device, weight_grad: bool, along_n: bool, sums: bool, 
 
 @functools.cache
 def compile_variant(weight_grad: bool, along_n: bool, sums: bool, dtype: str) -> bytes:
-    """The machine code of one variant of the kernel; 0.4 s. ``dtype`` is bf16 or f16."""
+    """The machine code of one variant of the kernel, in about a second. ``dtype`` is bf16 or f16."""
     flags = {"WEIGHT_GRAD": weight_grad, "B_ALONG_N": along_n, "SUMS": sums}
     head = "".join(f"constexpr bool {name} = {str(value).lower()};\n" for name, value in flags.items())
     head += f'#define DTYPE "{dtype}"\n{_wgmma(dtype, weight_grad, along_n)}'
@@ -114,6 +130,7 @@ def _wgmma(dtype: str, a_along_m: bool, b_along_n: bool) -> str:
     count = COLUMNS // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
+    # The last five: add to the sums, A and B as they are and not negated, A along m, B along n.
     return (
         "typedef unsigned long long u64;\n"
         f"__device__ __forceinline__ void wgmma(float (&sums)[{count}], u64 a, u64 b) {{\n"
