@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fastft_plugins.errors import FastFTConfigError
+from fastft_plugins.errors import FastFTConfigError, not_yaml
 
 Mode = Literal["auto", "on", "off"]
 
@@ -112,10 +112,7 @@ class FastFTConfig:
         except OSError as error:
             raise FastFTConfigError(f"cannot read the config file {path}: {error.strerror or error}") from error
         except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or a date like 2026-99-99
-            mark = getattr(error, "problem_mark", None)
-            place = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
-            problem = getattr(error, "problem", None) or error
-            raise FastFTConfigError(f"the config file is not valid YAML ({place}): {problem}") from error
+            raise FastFTConfigError(not_yaml(path, error)) from error
         try:
             return cls.from_dict({} if settings is None else settings)
         except FastFTConfigError as error:

@@ -11,6 +11,13 @@ class FastFTConfigError(FastFTError, ValueError):
     """A setting is wrong. The message names the field, the value, what is allowed and the remedy."""
 
 
+def not_yaml(path: object, error: Exception) -> str:
+    """What to say of a config file that YAML's parser refused, or that is no text: where, and what is wrong there."""
+    mark = getattr(error, "problem_mark", None)
+    place = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
+    return f"the config file is not valid YAML ({place}): {getattr(error, 'problem', None) or error}"
+
+
 class Declined(FastFTError):
     """A feature or an adapter cannot serve this run; its only argument is the reason, shown in the report.
 

@@ -15,7 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
-from fastft_plugins.errors import FastFTConfigError
+from fastft_plugins.errors import FastFTConfigError, not_yaml
 from fastft_trl.configs import SFTConfig
 
 _CONFIGS = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
@@ -40,10 +40,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, ...]:
             f"--config: cannot read the config file {file} ({error.strerror}); allowed: a YAML file that is there"
         ) from error
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{file}, line {mark.line + 1}" if mark is not None else str(file)
-        problem = getattr(error, "problem", None) or error
-        raise FastFTConfigError(f"--config: the config file is not valid YAML ({place}): {problem}") from error
+        raise FastFTConfigError(f"--config: {not_yaml(file, error)}") from error
     except _UnknownField:
         raise
     except ValueError as error:  # of transformers, TRL or fastft: a value that a config does not take
