@@ -29,8 +29,8 @@ class MatmulCall(TensorCall):
 def cuda_product_rejects(call: MatmulCall) -> str | None:
     """Where it was slower than others on an H200.
 
-    It is 5 % faster where its tiles fit (2880, 5760 columns). Where those of 256 columns fit better, it is still 4 to
-    7 % faster with inner widths of 768 and 1536, and at least 2 % slower with 4096 and more.
+    Where its tiles fit (2880, 5760 columns) it is about 5 % faster than the others. Where those of 256 columns fit
+    better, it is still 4 to 7 % faster with inner widths of 768 and 1536, and at least 2 % slower with 4096 and more.
     """
     reason = _cuda_rejects(call)
     if reason is None and call.width % COLUMNS and call.inner > 2048:

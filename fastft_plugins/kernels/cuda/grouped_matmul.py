@@ -1,8 +1,8 @@
 """Products of sorted rows with their expert's weight on Hopper, in CUDA C++.
 
 On an H200, whose power limit all of these run into, the six products of gpt-oss-20b's experts (forward, backward and
-weight gradients, 131,072 rows) take 30.2 ms with this kernel and 31.8 ms with the better one of torch's and Triton's
-for each; cuBLAS, were all experts equally long, would take 29.1 ms.
+weight gradients, 131,072 rows) take 1.04 times what cuBLAS would take were all experts equally long; the better one of
+torch's and Triton's kernels for each takes 1.09 times as much.
 
 Shape suffixes: S sorted rows, E experts, K inner width, N outer width.
 """
