@@ -57,7 +57,7 @@ def pretend(capability: int) -> None:
     triton.runtime.driver.set_active(Driver(capability))
     tiles = matmul.tiles_for(divmod(capability, 10))
     matmul._tiles_on = lambda device: tiles
-    tma._multiprocessors = lambda device: 132
+    tma.multiprocessors = lambda device: 132
 
 
 def compile_launches() -> None:

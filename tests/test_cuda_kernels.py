@@ -20,12 +20,8 @@ from fastft_plugins.kernels import grouped_matmul_rejects as rejects
 from fastft_plugins.kernels.cuda import compiler
 from fastft_plugins.kernels.cuda import grouped_matmul as cuda
 from fastft_plugins.kernels.dispatch import choose
-from fastft_plugins.kernels.grouped_matmul import (
-    grouped_matmul,
-    grouped_weight_grad,
-    reference_grouped_matmul,
-    reference_grouped_weight_grad,
-)
+from fastft_plugins.kernels.grouped_matmul import grouped_matmul, grouped_weight_grad
+from fastft_plugins.kernels.grouped_matmul_reference import reference_grouped_matmul, reference_grouped_weight_grad
 from fastft_plugins.kernels.grouped_matmul_rejects import MatmulCall
 from fastft_plugins.kernels.rows import Rows, reference_segment_sum
 

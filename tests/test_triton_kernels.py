@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from fastft_plugins.kernels.gate import ACTIVATIONS, GATED, Gate, reference_gate_backward, reference_gate_forward
-from fastft_plugins.kernels.grouped_matmul import reference_grouped_matmul, reference_grouped_weight_grad
+from fastft_plugins.kernels.grouped_matmul_reference import reference_grouped_matmul, reference_grouped_weight_grad
 from fastft_plugins.kernels.rows import Rows, reference_combine_rows, reference_gather_rows, reference_segment_sum
 from fastft_plugins.kernels.triton import counting_sort as counting_sort_module
 from fastft_plugins.kernels.triton import grouped_matmul_tma
@@ -377,7 +377,7 @@ def test_grouped_weight_grad_of_any_distribution(counts, dtype, indexed):
 @pytest.mark.parametrize("inner, width", [(64, 264), (128, 72)])
 def test_grouped_matmul_through_tensor_descriptors(dtype, layout, counts, inner, width, monkeypatch):
     if not GPU:
-        monkeypatch.setattr(grouped_matmul_tma, "_multiprocessors", lambda device: 3)
+        monkeypatch.setattr(grouped_matmul_tma, "multiprocessors", lambda device: 3)
 
     def product(rows, weight, offsets, out):
         source = rows.source_XH.contiguous()

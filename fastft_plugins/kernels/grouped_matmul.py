@@ -5,11 +5,11 @@ Shape suffixes: S sorted rows, E experts, K inner width, N outer width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastft_plugins.kernels import grouped_matmul_rejects as rejects
 from fastft_plugins.kernels.dispatch import Kernel, choose
+from fastft_plugins.kernels.grouped_matmul_reference import reference_grouped_matmul, reference_grouped_weight_grad
 from fastft_plugins.kernels.grouped_matmul_rejects import MatmulCall
 from fastft_plugins.kernels.grouped_matmul_torch import torch_grouped_matmul, torch_grouped_weight_grad
 from fastft_plugins.kernels.rows import Rows, segment_sum
@@ -67,31 +67,6 @@ def _aligned(rows: Rows) -> bool:
     row_bytes = source.stride(0) * source.element_size()
     apart = source.stride(0) >= source.shape[1]
     return apart and source.stride(1) == 1 and source.data_ptr() % 16 == 0 and row_bytes % 16 == 0
-
-
-def reference_grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Tensor | None = None) -> Tensor:
-    """Expert by expert. On a GPU the host waits for the offsets."""
-    rows_SK = rows.gathered()
-    if out_SN is None:
-        out_SN = rows_SK.new_zeros((rows_SK.shape[0], weight_EKN.shape[2]))
-    start = 0
-    for expert, end in enumerate(offsets_E.tolist()):
-        if end > start:
-            out_SN[start:end] += rows_SK[start:end] @ weight_EKN[expert]
-        start = end
-    return out_SN
-
-
-def reference_grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
-    """Expert by expert. On a GPU the host waits for the offsets."""
-    rows_SK, grads_SN = rows.gathered(), grads.gathered()
-    out_EKN = rows_SK.new_zeros((offsets_E.numel(), rows_SK.shape[1], grads_SN.shape[1]))
-    start = 0
-    for expert, end in enumerate(offsets_E.tolist()):
-        if end > start:
-            torch.mm(rows_SK[start:end].t(), grads_SN[start:end], out=out_EKN[expert])
-        start = end
-    return out_EKN
 
 
 def _separate_grads(rows: Rows, grads: Rows, offsets_E: Tensor, weights_S: Tensor | None) -> tuple[Tensor, Tensor]:

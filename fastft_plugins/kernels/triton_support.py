@@ -70,3 +70,9 @@ def gpu_kernel(module: str, function: str) -> Callable[..., Any]:
 @functools.cache
 def _one_gpu() -> bool:
     return torch.cuda.device_count() == 1
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many of them ``device`` has, which is how many blocks a kernel starts that hands tiles to each."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

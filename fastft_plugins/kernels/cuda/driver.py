@@ -88,18 +88,14 @@ def launch(
 
     As for `load_kernel`, torch must have worked on the device in this thread.
     """
-    values: list[Any] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            values.append(ctypes.c_void_p(argument.data_ptr()))
-        elif isinstance(argument, int):
-            values.append(ctypes.c_int(argument))
-    scalars = iter(values)
-    addresses = (ctypes.c_void_p * len(arguments))(
-        *[
-            argument.address if isinstance(argument, TensorMap) else ctypes.addressof(next(scalars))
-            for argument in arguments
-        ]
-    )
+    values = [_as_driver_takes(argument) for argument in arguments]
+    addresses = [value.address if isinstance(value, TensorMap) else ctypes.addressof(value) for value in values]
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    _call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, addresses, None)
+    parameters = (ctypes.c_void_p * len(addresses))(*addresses)
+    _call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, None)
+
+
+def _as_driver_takes(argument: TensorMap | Tensor | int) -> TensorMap | ctypes.c_void_p | ctypes.c_int:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return argument if isinstance(argument, TensorMap) else ctypes.c_int(argument)

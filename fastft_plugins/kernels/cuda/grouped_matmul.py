@@ -20,6 +20,7 @@ from torch import Tensor
 from fastft_plugins.kernels.cuda.compiler import compile_cuda
 from fastft_plugins.kernels.cuda.driver import launch, load_kernel, tensor_map
 from fastft_plugins.kernels.rows import Rows
+from fastft_plugins.kernels.triton_support import multiprocessors
 
 COLUMNS = 192  # of a tile, see grouped_matmul.cu, as for the next three
 _STAGES, _BLOCK, _THREADS = 4, 64, 384
@@ -86,7 +87,7 @@ def _run(
     maps = [tensor_map(tensor, box) for tensor, box in operands]
     launch(
         kernel,
-        _multiprocessors(out.device),
+        multiprocessors(out.device),
         _THREADS,
         _SHARED_BYTES,
         [*maps, out, sums_EN, next_tile, offsets_E, *sizes],
@@ -103,11 +104,6 @@ def cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
     except Exception as error:  # a missing package or library, an old compiler, a driver older than the compiler
         return f"cannot be compiled or loaded here: {type(error).__name__}: {error}"
     return None
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

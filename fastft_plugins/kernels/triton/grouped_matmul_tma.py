@@ -9,8 +9,6 @@ Shape suffixes: S sorted rows, E experts, K inner width, N outer width.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastft_plugins.kernels.rows import Rows
+from fastft_plugins.kernels.triton_support import multiprocessors
 
 ROWS, COLUMNS, INNER = 128, 256, 64
 _GROUP = 8  # tiles of rows that share a tile of the weight while it is in the L2 cache
@@ -32,7 +31,7 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: No
         transposed = weight_EKN.stride(2) != 1
         flat = weight_EKN.transpose(1, 2).reshape(-1, inner) if transposed else weight_EKN.reshape(-1, width)
         block = [COLUMNS, INNER] if transposed else [INNER, COLUMNS]
-        programs = _multiprocessors(rows_SK.device)
+        programs = multiprocessors(rows_SK.device)
         _product[(programs,)](
             TensorDescriptor.from_tensor(rows_SK, [ROWS, INNER]), TensorDescriptor.from_tensor(flat, block),
             out_SN, offsets_E, width, inner, experts, TRANSPOSED=transposed,
@@ -49,18 +48,13 @@ def grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
     if not rows_SK.shape[0]:
         return rows_SK.new_zeros((experts, inner, width))
     out_EKN = torch.empty((experts, inner, width), dtype=rows_SK.dtype, device=rows_SK.device)
-    programs = _multiprocessors(rows_SK.device)
+    programs = multiprocessors(rows_SK.device)
     _weight_grad[(programs,)](
         TensorDescriptor.from_tensor(rows_SK, [INNER, ROWS]), TensorDescriptor.from_tensor(grads_SN, [INNER, COLUMNS]),
         rows_SK, grads_SN, out_EKN, offsets_E, inner, width, experts, HIGH=ROWS, WIDE=COLUMNS, STEP=INNER,
         GROUP=_GROUP, PROGRAMS=programs, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out_EKN
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

@@ -15,15 +15,15 @@ def gather_rows(source_TH: Tensor, index_S: Tensor, inverse_TK: Tensor | None = 
     """See `fastft_plugins.kernels.rows.gather_rows`."""
     size, width = index_S.numel(), source_TH.shape[1]
     out_SH = torch.empty((size, width), dtype=source_TH.dtype, device=source_TH.device)
-    if out_SH.numel() and inverse_TK is not None:
-        columns = min(triton.next_power_of_2(width), 512)
-        rows = 2048 // columns
-        tokens, top_k = inverse_TK.shape
+    if not out_SH.numel():
+        return out_SH
+    columns = min(triton.next_power_of_2(width), 512)
+    if inverse_TK is not None:
+        rows, (tokens, top_k) = 2048 // columns, inverse_TK.shape
         grid = (triton.cdiv(tokens, rows), triton.cdiv(width, columns))
         _spread[grid](source_TH, inverse_TK, out_SH, tokens, width, source_TH.stride(0), K=top_k, ROWS=rows,
                       COLUMNS=columns, num_warps=4)  # fmt: skip
-    elif out_SH.numel():
-        columns = min(triton.next_power_of_2(width), 512)
+    else:
         rows = 4096 // columns
         grid = (triton.cdiv(size, rows), triton.cdiv(width, columns))
         _gather[grid](source_TH, index_S, out_SH, size, width, source_TH.stride(0), ROWS=rows, COLUMNS=columns,
