@@ -117,8 +117,8 @@ class Calls:
         counting_sort(self.ids.reshape(-1), experts)
 
     def gather(self) -> None:
-        gather_rows(self.data(self.tokens, WIDTH), self.order)
-        gather_rows(self.data(self.tokens, WIDTH), self.order, self.inverse)
+        gather_rows(Rows(self.data(self.tokens, WIDTH), self.order))
+        gather_rows(Rows(self.data(self.tokens, WIDTH), self.order, TOP_K, self.inverse))
 
     def combine(self, weighted: bool = True, biased: bool = True) -> None:
         weights = self.data(self.tokens, TOP_K) if weighted else None

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from fastft_plugins.kernels.gate import ACTIVATIONS, GATED, Gate, reference_gate_backward, reference_gate_forward
 from fastft_plugins.kernels.grouped_matmul_reference import reference_grouped_matmul, reference_grouped_weight_grad
-from fastft_plugins.kernels.rows import Rows, reference_combine_rows, reference_gather_rows, reference_segment_sum
+from fastft_plugins.kernels.rows import Rows, reference_combine_rows, reference_segment_sum
 from fastft_plugins.kernels.triton import counting_sort as counting_sort_module
 from fastft_plugins.kernels.triton import grouped_matmul_tma
 from fastft_plugins.kernels.triton.counting_sort import counting_sort
@@ -117,8 +117,8 @@ def test_counting_sort_does_not_cut_long_ids():
 def test_gather(dtype, width):
     source = normal(9, 2 * width, dtype=dtype)[:, :width]  # rows that are not adjacent
     index = torch.randint(0, 9, (37,), device=DEVICE, dtype=torch.int32)
-    assert torch.equal(gather_rows(source, index), reference_gather_rows(source, index))
-    assert gather_rows(source, index[:0]).shape == (0, width)
+    assert torch.equal(gather_rows(Rows(source, index)), source[index])
+    assert gather_rows(Rows(source, index[:0])).shape == (0, width)
 
 
 @all_dtypes
@@ -128,9 +128,10 @@ def test_gather_that_reads_each_row_once(dtype, width, top_k):
     source = normal(9, 2 * width, dtype=dtype)[:, :width]
     order = torch.randperm(9 * top_k, device=DEVICE)
     inverse = torch.argsort(order).int().view(9, top_k)
-    index = (order // top_k).int()
-    assert torch.equal(gather_rows(source, index, inverse), reference_gather_rows(source, index))
-    assert gather_rows(source[:0], index[:0], inverse[:0]).shape == (0, width)
+    rows = Rows(source, order.int(), top_k, inverse)
+    assert torch.equal(gather_rows(rows), source[order // top_k])
+    assert torch.equal(rows.part(slice(4, 9)).gathered(), source[order[4:9] // top_k])
+    assert gather_rows(Rows(source[:0], order[:0], top_k, inverse[:0])).shape == (0, width)
 
 
 def routed(tokens, top_k, experts):
@@ -171,7 +172,7 @@ def test_segment_sum(dtype, counts, indexed, weighted):
         source[-3:] = NAN
     weights = normal(size) if weighted else None
     got = segment_sum(Rows(source, index), ends(counts), weights)
-    rows = Rows(source.double() if index is None else reference_gather_rows(source.double(), index))
+    rows = Rows(source.double() if index is None else source.double()[index])
     assert got.dtype == torch.float32
     assert_near(got, reference_segment_sum(rows, ends(counts), *double(weights)), torch.float32)
 
@@ -299,7 +300,7 @@ def some_rows(counts, width, dtype, indexed):
 def gathered(rows, size):
     """The first rows in order, in fp64, for the reference."""
     source = rows.source_XH.double()
-    return Rows((source if rows.index_S is None else reference_gather_rows(source, rows.index_S))[:size])
+    return Rows((source if rows.index_S is None else source[rows.index_S])[:size])
 
 
 def weight_of(layout, experts, inner, width, dtype):

@@ -62,7 +62,7 @@ def _grad_call(rows: Rows, grads: Rows) -> MatmulCall:
 def _aligned(rows: Rows) -> bool:
     """Whether each row starts at a multiple of 16 bytes once it has been gathered."""
     source = rows.source_XH
-    if rows.index_S is not None:
+    if rows.slot_S is not None:
         return True
     row_bytes = source.stride(0) * source.element_size()
     apart = source.stride(0) >= source.shape[1]

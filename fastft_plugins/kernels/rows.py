@@ -5,6 +5,8 @@ Shape suffixes: T tokens, K experts of a token, S = T·K routed rows, X rows of 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -17,30 +19,47 @@ class Rows:
 
     Attributes:
         source_XH: the rows.
-        index_S: int32, the row of ``source_XH`` at each place of the order; None if they lie in order already.
-        inverse_XK: int32, the K places of each row of ``source_XH``, if every one has as many.
+        slot_S: int32, the slot at each place of the order, slot x · K + k being one of the K of row x of the source;
+            None if the source's rows lie in order already.
+        top_k: K.
+        inverse_XK: int32, the place of each slot, if all of them have one.
     """
 
-    def __init__(self, source_XH: Tensor, index_S: Tensor | None = None, inverse_XK: Tensor | None = None) -> None:
+    def __init__(
+        self, source_XH: Tensor, slot_S: Tensor | None = None, top_k: int = 1, inverse_XK: Tensor | None = None
+    ) -> None:
         self.source_XH = source_XH
-        self.index_S = index_S
+        self.slot_S = slot_S
+        self.top_k = top_k
         self.inverse_XK = inverse_XK
         self._gathered_SH: Tensor | None = None
 
+    @property
+    def size(self) -> int:
+        """S."""
+        return (self.source_XH if self.slot_S is None else self.slot_S).shape[0]
+
+    @functools.cached_property
+    def index_S(self) -> Tensor | None:
+        """int32, the row of ``source_XH`` at each place of the order, made when a kernel first asks for it."""
+        if self.slot_S is None or self.top_k == 1:
+            return self.slot_S
+        return torch.div(self.slot_S, self.top_k, rounding_mode="floor")
+
     def part(self, span: slice) -> Rows:
         """Some of the rows, with a gather of their own; itself for all of them."""
-        if span == slice(0, (self.source_XH if self.index_S is None else self.index_S).shape[0]):
+        if span == slice(0, self.size):
             return self
-        if self.index_S is None:
+        if self.slot_S is None:
             return Rows(self.source_XH[span])
-        return Rows(self.source_XH, self.index_S[span])
+        return Rows(self.source_XH, self.slot_S[span], self.top_k)
 
     def gathered(self) -> Tensor:
         """The rows ``[S, H]`` in order."""
-        if self.index_S is None:
+        if self.slot_S is None:
             return self.source_XH
         if self._gathered_SH is None:
-            self._gathered_SH = gather_rows(self.source_XH, self.index_S, self.inverse_XK)
+            self._gathered_SH = gather_rows(self)
         return self._gathered_SH
 
     def release(self) -> None:
@@ -48,10 +67,10 @@ class Rows:
         self._gathered_SH = None
 
 
-def gather_rows(source_XH: Tensor, index_S: Tensor, inverse_XK: Tensor | None = None) -> Tensor:
+def gather_rows(rows: Rows) -> Tensor:
     """``source[index]``, contiguous ``[S, H]``. With ``inverse_XK``, a kernel can read each row of the source once."""
-    call = TensorCall(source_XH.device, source_XH.dtype)
-    out_SH: Tensor = choose("gather_rows", call).kernel.run(source_XH, index_S, inverse_XK)
+    call = TensorCall(rows.source_XH.device, rows.source_XH.dtype)
+    out_SH: Tensor = choose("gather_rows", call).kernel.run(rows)
     return out_SH
 
 
@@ -82,8 +101,9 @@ def segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None = None) 
     return out_EN
 
 
-def reference_gather_rows(source_XH: Tensor, index_S: Tensor, inverse_XK: Tensor | None = None) -> Tensor:
-    return source_XH.index_select(0, index_S)
+def reference_gather_rows(rows: Rows) -> Tensor:
+    assert rows.index_S is not None
+    return rows.source_XH.index_select(0, rows.index_S)
 
 
 def reference_combine_rows(

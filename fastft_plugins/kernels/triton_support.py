@@ -72,6 +72,15 @@ def _one_gpu() -> bool:
     return torch.cuda.device_count() == 1
 
 
+def cdiv(number: int, divisor: int) -> int:
+    """The quotient, rounded up. ``triton.cdiv`` takes microseconds of the host, as does its ``next_power_of_2``."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many of them ``device`` has, which is how many blocks a kernel starts that hands tiles to each."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastft_plugins.moe import load
-from fastft_plugins.moe.function import run_experts
+from fastft_plugins.moe.function import autocast_off, run_experts
 from fastft_plugins.moe.gates import gate_of
 from fastft_plugins.moe.projection import Projection
 from fastft_plugins.moe.routing import Routing, route
@@ -56,7 +56,7 @@ def experts_forward(
         dtype = torch.get_autocast_dtype(hidden_TH.device.type)
     up, down = up.to(dtype), down.to(dtype)
     x_TH, gate = hidden_TH.to(dtype).contiguous(), gate_of(module)
-    with torch.autocast(hidden_TH.device.type, enabled=False):
+    with autocast_off(hidden_TH.device.type):
         if getattr(module, "has_post_expert_norm", False):
             rows_SH = run_experts(x_TH, top_k_weights_TK, top_k_index_TK, routing, gate, up, down, combine=False)
             out_TH = _combine_normed(module, rows_SH, top_k_index_TK, top_k_weights_TK, routing)

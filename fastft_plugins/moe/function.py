@@ -14,6 +14,7 @@ of z (2·I, or I without a gate).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -42,12 +43,18 @@ def run_experts(
     return out
 
 
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Outside of autocast, which is asked for first: entering takes longer."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+
+
 def _without_autocast(backward: Callable[[Any, Tensor], _T]) -> Callable[[Any, Tensor], _T]:
     """The caller of a backward may be under autocast still, which would lower the precision of its fp32 products."""
 
     @functools.wraps(backward)
     def run(ctx: Any, dout: Tensor) -> _T:
-        with torch.autocast(dout.device.type, enabled=False):
+        with autocast_off(dout.device.type):
             return backward(ctx, dout)
 
     return run
@@ -68,19 +75,18 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         order_S, inverse_S, _, offsets_E = routing
         up, down = Projection(w1, b1, a1, c1), Projection(w2, b2, a2, c2)
-        token_S = torch.div(order_S, ids_TK.shape[1], rounding_mode="floor")
         inverse_TK = inverse_S.view_as(ids_TK)
-        z_SN, low1_SR = project(Rows(x_TH, token_S, inverse_TK), up, offsets_E)
+        z_SN, low1_SR = project(Rows(x_TH, order_S, ids_TK.shape[1], inverse_TK), up, offsets_E)
         parts = []
         for span, ends_E in _spans(down.weight, offsets_E, order_S):
-            a_SI = gate_forward(gate, z_SN[span], b1, order_S[span], ends_E)
+            a_SI = gate_forward(gate, _part(z_SN, span), b1, _part(order_S, span), ends_E)
             parts.append(project(Rows(a_SI), down, ends_E))
             del a_SI
         out_SH = _joined([out for out, _ in parts])
         low2_SR = _joined([low for _, low in parts if low is not None]) if c2 is not None else None
         del parts
         ctx.save_for_backward(
-            x_TH, weights_TK, *up, *down, z_SN, low1_SR, low2_SR, token_S, order_S, inverse_S, offsets_E, ids_TK
+            x_TH, weights_TK, *up, *down, z_SN, low1_SR, low2_SR, order_S, inverse_S, offsets_E, ids_TK
         )
         ctx.gate, ctx.combine = gate, combine
         if not combine:
@@ -96,15 +102,15 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (
             x_TH, weights_TK, w1, b1, a1, c1, w2, b2, a2, c2,
-            z_SN, low1_SR, low2_SR, token_S, order_S, inverse_S, offsets_E, ids_TK,
+            z_SN, low1_SR, low2_SR, order_S, inverse_S, offsets_E, ids_TK,
         ) = ctx.saved_tensors  # fmt: skip
         need_x, need_weights, *need = ctx.needs_input_grad[:10]
         need_up, need_down = Projection(*need[:4]), Projection(*need[4:])
         up, down = Projection(w1, b1, a1, c1), Projection(w2, b2, a2, c2)
         dout = dout.contiguous()
         scales_S = weights_TK.reshape(-1) if ctx.combine else torch.ones_like(order_S, dtype=dout.dtype)
-        inverse_TK = inverse_S.view_as(ids_TK)
-        douts = Rows(dout, token_S, inverse_TK) if ctx.combine else Rows(dout)
+        inverse_TK, top_k = inverse_S.view_as(ids_TK), ids_TK.shape[1]
+        douts = Rows(dout, order_S, top_k, inverse_TK) if ctx.combine else Rows(dout)
 
         dz_SN = torch.empty_like(z_SN) if _graph_is_kept() else z_SN
         dscales_S = torch.zeros(
@@ -121,8 +127,8 @@ class _Experts(torch.autograd.Function):
             if not (need_down.weight or need_down.lora_b):
                 part.release()
             gate_backward(
-                ctx.gate, z_SN[span], b1, da_SI, scales_S, order_S[span], ends_E, dz_SN[span], dscales_S,
-                None if scaled_SI is None else scaled_SI[span],
+                ctx.gate, _part(z_SN, span), b1, da_SI, scales_S, _part(order_S, span), ends_E, _part(dz_SN, span),
+                dscales_S, None if scaled_SI is None else _part(scaled_SI, span),
             )  # fmt: skip
             del part, da_SI
         low2 = Low(low2_SR, _joined([low for low in lows if low is not None]) if c2 is not None else None)
@@ -142,7 +148,8 @@ class _Experts(torch.autograd.Function):
             del dx_SH
         elif need_up.lora_a:
             dlow_SR = low_back(dzs, up, offsets_E)
-        dup = parameter_grads(Rows(x_TH, token_S, inverse_TK), dzs, up, need_up, Low(low1_SR, dlow_SR), offsets_E)
+        rows, low1 = Rows(x_TH, order_S, top_k, inverse_TK), Low(low1_SR, dlow_SR)
+        dup = parameter_grads(rows, dzs, up, need_up, low1, offsets_E)
         return dx_TH, dweights_TK, *dup, *ddown, None, None, None, None
 
 
@@ -157,6 +164,10 @@ def _spans(w2_EIH: Tensor, offsets_E: Tensor, order_S: Tensor) -> list[tuple[sli
         return [(slice(0, size), offsets_E)]
     half = size // 2
     return [(slice(start, end), (offsets_E - start).clamp(0, end - start)) for start, end in ((0, half), (half, size))]
+
+
+def _part(tensor: Tensor, span: slice) -> Tensor:
+    return tensor if span == slice(0, tensor.shape[0]) else tensor[span]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -1,10 +1,13 @@
-"""Loads compiled kernels, describes tensors to the tensor memory accelerator, and launches, through CUDA's driver."""
+"""Loads compiled kernels, describes tensors to the tensor memory accelerator, and launches, through CUDA's driver.
+
+`enter` comes first, in each thread and for each device.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import threading
 from typing import Any
 
 import torch
@@ -13,12 +16,39 @@ from torch import Tensor
 _ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES = 3, 3
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CUfunction_attribute
+_BUFFER_POINTER, _BUFFER_SIZE = 1, 2  # CU_LAUNCH_PARAM_*
 _MAP_BYTES = 128
 
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    driver = ctypes.CDLL("libcuda.so.1")
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+    driver.cuLaunchKernel.argtypes = (pointer, *[number] * 7, pointer, pointer, pointer)
+    driver.cuMemsetD32Async.argtypes = (pointer, number, ctypes.c_size_t, pointer)
+    return driver
+
+
+class _Entered(threading.local):
+    """The devices that this thread has a CUDA context of."""
+
+    def __init__(self) -> None:
+        self.devices: set[torch.device] = set()
+
+
+_entered = _Entered()
+
+
+def enter(device: torch.device) -> int:
+    """Torch's current stream, on whose device this thread may use the driver from now on.
+
+    The driver wants a CUDA context in each thread; torch makes one there when it first works on the device.
+    """
+    if device not in _entered.devices:
+        torch.zeros(1, device=device)
+        _entered.devices.add(device)
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return stream
 
 
 def _call(function: str, *arguments: Any) -> None:
@@ -30,10 +60,7 @@ def _call(function: str, *arguments: Any) -> None:
 
 
 def load_kernel(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
-    """A kernel for the current device, which may use ``shared_bytes`` of shared memory. It is never unloaded.
-
-    The thread must have worked on the device before: what torch does first there gives the thread its CUDA context.
-    """
+    """A kernel for the current device, which may use ``shared_bytes`` of shared memory. It is never unloaded."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _call("cuModuleLoadData", ctypes.byref(module), cubin)
     _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
@@ -41,61 +68,57 @@ def load_kernel(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
     return function
 
 
-class TensorMap:
-    """What TMA must know of a tensor, where the driver wants it: see `tensor_map`."""
-
-    def __init__(self) -> None:
-        # cuda-bindings has a class for this, but its memory is not aligned as the driver demands.
-        self._memory = ctypes.create_string_buffer(2 * _MAP_BYTES)
-        self.address = -(-ctypes.addressof(self._memory) // _MAP_BYTES) * _MAP_BYTES
-
-
-def tensor_map(tensor: Tensor, box: tuple[int, int]) -> TensorMap:
+def tensor_map(tensor: Tensor, box: tuple[int, int]) -> bytes:
     """A 2-byte tensor as TMA sees it, in boxes swizzled by 128 bytes. Outside of it, a box is filled with zeros.
 
     Args:
         tensor: ``[rows, columns]`` or ``[matrices, rows, columns]``; columns are contiguous, the address and the other
             strides are multiples of 16 bytes.
         box: rows and columns that one copy takes, 64 columns at most.
-
-    As for `load_kernel`, torch must have worked on the device in this thread.
     """
-    if tensor.dim() == 2:
-        tensor = tensor[None]
-    matrix_stride, row_stride, _ = tensor.stride()
-    strides = (row_stride * 2, max(matrix_stride, row_stride) * 2)
-    return _encoded(tensor.data_ptr(), _ELEMENTS[tensor.dtype], tuple(reversed(tensor.shape)), strides, box)
+    return _encoded(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), box)
 
 
 @functools.lru_cache(maxsize=4096)  # weights stay where they are, and activations come back to the same addresses
 def _encoded(
-    pointer: int, elements: int, sizes: tuple[int, ...], strides: tuple[int, int], box: tuple[int, int]
-) -> TensorMap:
-    result = TensorMap()
+    pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, int]
+) -> bytes:
+    rows, columns = shape[-2:]
+    matrices, matrix_stride = (shape[0], strides[0]) if len(shape) == 3 else (1, rows * strides[0])
+    row_bytes = strides[-2] * 2
+    # cuda-bindings has a class for a map, but its memory is not aligned as the driver demands.
+    memory = ctypes.create_string_buffer(2 * _MAP_BYTES)
+    skipped = -ctypes.addressof(memory) % _MAP_BYTES
     _call(
-        "cuTensorMapEncodeTiled", ctypes.c_void_p(result.address), elements, 3, ctypes.c_void_p(pointer),
-        (ctypes.c_uint64 * 3)(*sizes), (ctypes.c_uint64 * 2)(*strides), (ctypes.c_uint32 * 3)(box[1], box[0], 1),
+        "cuTensorMapEncodeTiled", ctypes.byref(memory, skipped), _ELEMENTS[dtype], 3, ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * 3)(columns, rows, matrices),
+        (ctypes.c_uint64 * 2)(row_bytes, max(matrix_stride * 2, row_bytes)), (ctypes.c_uint32 * 3)(box[1], box[0], 1),
         (ctypes.c_uint32 * 3)(1, 1, 1), 0, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, 0,
     )  # fmt: skip
-    return result
+    return memory.raw[skipped : skipped + _MAP_BYTES]
+
+
+class _Arguments(ctypes.Structure):
+    """A kernel's arguments as one piece of memory: what cuLaunchKernel calls "extra"."""
+
+    _fields_ = (
+        ("pointer_key", ctypes.c_void_p),
+        ("pointer", ctypes.c_char_p),
+        ("size_key", ctypes.c_void_p),
+        ("size", ctypes.c_void_p),
+        ("end", ctypes.c_void_p),
+    )
 
 
 def launch(
-    kernel: ctypes.c_void_p, blocks: int, threads: int, shared_bytes: int,
-    arguments: Sequence[TensorMap | Tensor | int],
-) -> None:  # fmt: skip
-    """Start a kernel on torch's current stream. An int is passed as 32 bits, a tensor as the address of its numbers.
-
-    As for `load_kernel`, torch must have worked on the device in this thread.
-    """
-    values = [_as_driver_takes(argument) for argument in arguments]
-    addresses = [value.address if isinstance(value, TensorMap) else ctypes.addressof(value) for value in values]
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    parameters = (ctypes.c_void_p * len(addresses))(*addresses)
-    _call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, None)
+    kernel: ctypes.c_void_p, blocks: int, threads: int, shared_bytes: int, stream: int, arguments: bytes
+) -> None:
+    """Start a kernel, given its arguments one after the other as C lays out a struct."""
+    size = ctypes.c_size_t(len(arguments))
+    extra = _Arguments(_BUFFER_POINTER, arguments, _BUFFER_SIZE, ctypes.addressof(size), None)
+    _call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, None, ctypes.byref(extra))
 
 
-def _as_driver_takes(argument: TensorMap | Tensor | int) -> TensorMap | ctypes.c_void_p | ctypes.c_int:
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return argument if isinstance(argument, TensorMap) else ctypes.c_int(argument)
+def set_to_zero(number: Tensor, stream: int) -> None:
+    """An int32, in a fraction of the host's time that ``zero_`` takes."""
+    _call("cuMemsetD32Async", number.data_ptr(), 0, 1, stream)

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import struct
 from importlib.resources import files
 
 import torch
 from torch import Tensor
 
 from fastft_plugins.kernels.cuda.compiler import compile_cuda
-from fastft_plugins.kernels.cuda.driver import launch, load_kernel, tensor_map
+from fastft_plugins.kernels.cuda.driver import enter, launch, load_kernel, set_to_zero, tensor_map
 from fastft_plugins.kernels.rows import Rows
 from fastft_plugins.kernels.triton_support import multiprocessors
 
@@ -27,6 +27,7 @@ _STAGES, _BLOCK, _THREADS = 4, 64, 384
 _SHARED_BYTES = 1024 + _STAGES * (256 + COLUMNS) * _BLOCK * 2 + _STAGES * (8 + 8 + 4)
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _BOX = (_BLOCK, _BLOCK)
+_NUMBERS = struct.Struct("4P4i")  # what the kernel takes after its tensor maps
 _WEIGHTS_OF_ROW = 8  # of which one counts: rows of a tensor map lie a multiple of 16 bytes apart
 
 
@@ -36,10 +37,11 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: No
     size, (experts, inner, width) = rows_SK.shape[0], weight_EKN.shape
     product_SN = torch.empty((size, width), dtype=rows_SK.dtype, device=rows_SK.device)
     if size:
-        along_n = weight_EKN.stride(2) == 1
-        b = (weight_EKN, _BOX) if along_n else (weight_EKN.transpose(1, 2), (COLUMNS, _BLOCK))
-        a = (rows_SK, _BOX)
-        _run((False, along_n, False), [a, b, a], product_SN, product_SN, offsets_E, experts, 0, width, inner)
+        stream, along_n = enter(rows_SK.device), weight_EKN.stride(2) == 1
+        a = tensor_map(rows_SK, _BOX)
+        b = tensor_map(weight_EKN, _BOX) if along_n else tensor_map(weight_EKN.mT, (COLUMNS, _BLOCK))
+        maps, sizes = a + b + a, (experts, 0, width, inner)
+        _run(stream, (False, along_n, False), maps, product_SN, product_SN, offsets_E, sizes)
     return product_SN
 
 
@@ -57,9 +59,8 @@ def grouped_weight_bias_grad(
     of the weight's gradient. It costs next to nothing where that row fits into a tile which is not full.
     """
     source_XK = rows.source_XH
-    size = grads.source_XH.shape[0] if grads.index_S is None else grads.index_S.shape[0]
     if weights_S is None:
-        weights_S8 = torch.ones((size, _WEIGHTS_OF_ROW), dtype=source_XK.dtype, device=source_XK.device)
+        weights_S8 = torch.ones((grads.size, _WEIGHTS_OF_ROW), dtype=source_XK.dtype, device=source_XK.device)
     else:
         weights_S8 = weights_S.to(source_XK.dtype)[:, None].expand(-1, _WEIGHTS_OF_ROW).contiguous()
     return _weight_grad(rows, grads, offsets_E, weights_S8)
@@ -72,26 +73,24 @@ def _weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor, weights_S8: Tensor 
     out_EKN = make((experts, inner, width), dtype=rows_SK.dtype, device=rows_SK.device)
     sums_EN = make((experts, width), dtype=rows_SK.dtype, device=rows_SK.device) if weights_S8 is not None else out_EKN
     if rows_SK.shape[0]:
-        operands = [(rows_SK, _BOX), (grads_SN, _BOX), (rows_SK if weights_S8 is None else weights_S8, _BOX)]
-        variant = (True, True, weights_S8 is not None)
-        _run(variant, operands, out_EKN, sums_EN, offsets_E, experts, inner, width, 0)
+        stream = enter(rows_SK.device)
+        a, b = tensor_map(rows_SK, _BOX), tensor_map(grads_SN, _BOX)
+        weights = a if weights_S8 is None else tensor_map(weights_S8, _BOX)
+        variant, sizes = (True, True, weights_S8 is not None), (experts, inner, width, 0)
+        _run(stream, variant, a + b + weights, out_EKN, sums_EN, offsets_E, sizes)
     return out_EKN, sums_EN
 
 
 def _run(
-    variant: tuple[bool, bool, bool], operands: Sequence[tuple[Tensor, tuple[int, int]]], out: Tensor, sums_EN: Tensor,
-    offsets_E: Tensor, *sizes: int,
+    stream: int, variant: tuple[bool, bool, bool], maps: bytes, out: Tensor, sums_EN: Tensor, offsets_E: Tensor,
+    sizes: tuple[int, int, int, int],
 ) -> None:  # fmt: skip
-    next_tile = torch.zeros(1, dtype=torch.int32, device=out.device)  # first: it gives a new thread its CUDA context
     kernel = _kernel(out.device, *variant, _DTYPES[out.dtype])
-    maps = [tensor_map(tensor, box) for tensor, box in operands]
-    launch(
-        kernel,
-        multiprocessors(out.device),
-        _THREADS,
-        _SHARED_BYTES,
-        [*maps, out, sums_EN, next_tile, offsets_E, *sizes],
-    )
+    next_tile = torch.empty(1, dtype=torch.int32, device=out.device)
+    set_to_zero(next_tile, stream)
+    tensors = (out, sums_EN, next_tile, offsets_E)
+    numbers = _NUMBERS.pack(*[tensor.data_ptr() for tensor in tensors], *sizes)
+    launch(kernel, multiprocessors(out.device), _THREADS, _SHARED_BYTES, stream, maps + numbers)
 
 
 @functools.cache
@@ -99,7 +98,7 @@ def cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this machine cannot compile or load the kernel, or None. Compiles the variant that every training uses."""
     try:
         with torch.cuda.device(device):
-            torch.zeros(1, device=device)
+            enter(device)
             _kernel(device, False, True, False, _DTYPES[dtype])
     except Exception as error:  # a missing package or library, an old compiler, a driver older than the compiler
         return f"cannot be compiled or loaded here: {type(error).__name__}: {error}"

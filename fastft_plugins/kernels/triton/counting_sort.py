@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft_plugins.kernels.triton_support import cdiv, next_power_of_2
+
 _CHUNK = 128  # ids that one program compares pairwise
 _BLOCK = 512  # ids that one row of the table of counts covers
 
@@ -22,20 +24,19 @@ def counting_sort(ids_S: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     """See `fastft_plugins.kernels.counting_sort.counting_sort`."""
     size, device = ids_S.numel(), ids_S.device
     order_S, inverse_S = (torch.empty(size, dtype=torch.int32, device=device) for _ in range(2))
-    blocks, width = triton.cdiv(size, _BLOCK), triton.next_power_of_2(num_experts + 1)
+    blocks, width = cdiv(size, _BLOCK), next_power_of_2(num_experts + 1)
     table_BP = torch.empty((blocks, width), dtype=torch.int32, device=device)
     counts_P = torch.empty(width, dtype=torch.int32, device=device)
     if size:
         _count[(blocks,)](ids_S, table_BP, size, num_experts, P=width, BLOCK=_BLOCK)
     columns = min(width, 32)
     _scan_blocks[(width // columns,)](table_BP, counts_P, blocks, P=width, ROWS=64, COLUMNS=columns)
-    counts_E = counts_P[:num_experts]
-    offsets_E = counts_E.cumsum(0, dtype=torch.int32)
-    if size:
-        _place[(triton.cdiv(size, _CHUNK),)](
-            ids_S, table_BP, offsets_E, order_S, inverse_S, size, num_experts, P=width, CHUNK=_CHUNK, BLOCK=_BLOCK
-        )
-    return order_S, inverse_S, counts_E, offsets_E
+    offsets_E = torch.empty(num_experts, dtype=torch.int32, device=device)
+    _place[(max(1, cdiv(size, _CHUNK)),)](
+        ids_S, table_BP, counts_P, offsets_E, order_S, inverse_S, size, num_experts,
+        P=width, PIECE=min(width, 64), CHUNK=_CHUNK, BLOCK=_BLOCK,
+    )  # fmt: skip
+    return order_S, inverse_S, counts_P[:num_experts], offsets_E
 
 
 @triton.jit
@@ -70,21 +71,27 @@ def _scan_blocks(table_ptr, counts_ptr, blocks, P: tl.constexpr, ROWS: tl.conste
 
 @triton.jit(do_not_specialize=["size"])
 def _place(
-    ids_ptr, table_ptr, offsets_ptr, order_ptr, inverse_ptr, size, E,
-    P: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ids_ptr, table_ptr, counts_ptr, offsets_ptr, order_ptr, inverse_ptr, size, E,
+    P: tl.constexpr, PIECE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
+    if chunk == 0:
+        experts = tl.arange(0, P)
+        tl.store(offsets_ptr + experts, tl.cumsum(tl.load(counts_ptr + experts), 0), mask=experts < E)
     lane = tl.arange(0, CHUNK)
     places = chunk * CHUNK + lane
+    inside = places < size
     ids = _load_ids(ids_ptr, places, size, E)
     block = chunk * CHUNK // BLOCK
-    start = tl.load(offsets_ptr + ids - 1, mask=ids > 0, other=0)
-    start += tl.load(table_ptr + block.to(tl.int64) * P + ids)
+    start = tl.load(table_ptr + block.to(tl.int64) * P + ids, mask=inside, other=0)
+    for first in range(0, P, PIECE):
+        experts = first + tl.arange(0, PIECE)
+        counts = tl.load(counts_ptr + experts)
+        start += tl.sum(tl.where(experts[None, :] < ids[:, None], counts[None, :], 0), 1)
     earlier_here = (ids[None, :] == ids[:, None]) & (lane[None, :] < lane[:, None])
     start += tl.sum(earlier_here.to(tl.int32), 1)
     for before in range(block * BLOCK, chunk * CHUNK, CHUNK):
         others = _load_ids(ids_ptr, before + lane, size, E)
         start += tl.sum((others[None, :] == ids[:, None]).to(tl.int32), 1)
-    inside = places < size
     tl.store(inverse_ptr + places, start, mask=inside)
     tl.store(order_ptr + start, places, mask=inside)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastft_plugins.kernels.rows import Rows
 from fastft_plugins.kernels.triton.segments import find_tile
+from fastft_plugins.kernels.triton_support import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,18 @@ def _tiles_on(device: torch.device) -> tuple[Tiles, Tiles]:
 def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Tensor | None = None) -> Tensor:
     """See `fastft_plugins.kernels.grouped_matmul.grouped_matmul`."""
     rows_XK, index_S = rows.source_XH, rows.index_S
-    size = rows_XK.shape[0] if index_S is None else index_S.numel()
-    experts, inner, width = weight_EKN.shape
+    size, (experts, inner, width) = rows.size, weight_EKN.shape
     accumulate = out_SN is not None
     if out_SN is None:
         out_SN = torch.empty((size, width), dtype=rows_XK.dtype, device=rows_XK.device)
     tiles = _tiles_on(rows_XK.device)[0]
     if size and width:
         columns, step = _fitting(tiles.columns, width), _fitting(tiles.inner, inner)
-        grid = (triton.cdiv(width, columns) * (triton.cdiv(size, tiles.rows) + experts),)
+        grid = (cdiv(width, columns) * (cdiv(size, tiles.rows) + experts),)
         _product[grid](
             rows_XK, index_S, weight_EKN, out_SN, offsets_E, width, inner, experts,
             rows_XK.stride(0), *weight_EKN.stride(), out_SN.stride(0),
-            INDEXED=index_S is not None, ACCUMULATE=accumulate, EXPERTS=triton.next_power_of_2(experts),
+            INDEXED=index_S is not None, ACCUMULATE=accumulate, EXPERTS=next_power_of_2(experts),
             ROWS=tiles.rows, COLUMNS=columns, INNER=step, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return out_SN
@@ -84,7 +84,7 @@ def grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
     tiles = _tiles_on(rows_SK.device)[1]
     if out_EKN.numel():
         high, wide = _fitting(tiles.rows, inner), _fitting(tiles.columns, width)
-        grid = (triton.cdiv(inner, high) * triton.cdiv(width, wide), experts)
+        grid = (cdiv(inner, high) * cdiv(width, wide), experts)
         _weight_grad[grid](
             rows_SK, grads_SN, out_EKN, offsets_E, inner, width, rows_SK.stride(0), grads_SN.stride(0),
             HIGH=high, WIDE=wide, STEP=tiles.inner, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -94,7 +94,7 @@ def grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
 
 def _fitting(tile: int, width: int) -> int:
     """A tile no wider than needed: ranks of LoRA are far narrower than a tile. The tensor cores take 16 at least."""
-    return min(tile, max(16, 1 << (width - 1).bit_length()))
+    return min(tile, max(16, next_power_of_2(width)))
 
 
 @triton.jit(do_not_specialize_on_alignment=["index_ptr"])

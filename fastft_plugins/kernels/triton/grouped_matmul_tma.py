@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastft_plugins.kernels.rows import Rows
-from fastft_plugins.kernels.triton_support import multiprocessors
+from fastft_plugins.kernels.triton_support import multiprocessors, next_power_of_2
 
 ROWS, COLUMNS, INNER = 128, 256, 64
 _GROUP = 8  # tiles of rows that share a tile of the weight while it is in the L2 cache
@@ -35,7 +35,7 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: No
         _product[(programs,)](
             TensorDescriptor.from_tensor(rows_SK, [ROWS, INNER]), TensorDescriptor.from_tensor(flat, block),
             out_SN, offsets_E, width, inner, experts, TRANSPOSED=transposed,
-            EXPERTS=triton.next_power_of_2(experts), ROWS=ROWS, COLUMNS=COLUMNS, INNER=INNER, GROUP=_GROUP,
+            EXPERTS=next_power_of_2(experts), ROWS=ROWS, COLUMNS=COLUMNS, INNER=INNER, GROUP=_GROUP,
             PROGRAMS=programs, num_warps=8, num_stages=3,
         )  # fmt: skip
     return out_SN  # type: ignore[return-value]

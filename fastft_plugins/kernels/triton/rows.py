@@ -10,23 +10,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft_plugins.kernels.rows import Rows
+from fastft_plugins.kernels.triton_support import cdiv, next_power_of_2
 
-def gather_rows(source_TH: Tensor, index_S: Tensor, inverse_TK: Tensor | None = None) -> Tensor:
+
+def gather_rows(rows: Rows) -> Tensor:
     """See `fastft_plugins.kernels.rows.gather_rows`."""
-    size, width = index_S.numel(), source_TH.shape[1]
+    source_TH, size, width = rows.source_XH, rows.size, rows.source_XH.shape[1]
     out_SH = torch.empty((size, width), dtype=source_TH.dtype, device=source_TH.device)
     if not out_SH.numel():
         return out_SH
-    columns = min(triton.next_power_of_2(width), 512)
-    if inverse_TK is not None:
-        rows, (tokens, top_k) = 2048 // columns, inverse_TK.shape
-        grid = (triton.cdiv(tokens, rows), triton.cdiv(width, columns))
-        _spread[grid](source_TH, inverse_TK, out_SH, tokens, width, source_TH.stride(0), K=top_k, ROWS=rows,
+    columns = min(next_power_of_2(width), 512)
+    if rows.inverse_XK is not None:
+        high, tokens = 2048 // columns, source_TH.shape[0]
+        grid = (cdiv(tokens, high), cdiv(width, columns))
+        _spread[grid](source_TH, rows.inverse_XK, out_SH, tokens, width, source_TH.stride(0), K=rows.top_k, ROWS=high,
                       COLUMNS=columns, num_warps=4)  # fmt: skip
     else:
-        rows = 4096 // columns
-        grid = (triton.cdiv(size, rows), triton.cdiv(width, columns))
-        _gather[grid](source_TH, index_S, out_SH, size, width, source_TH.stride(0), ROWS=rows, COLUMNS=columns,
+        high = 4096 // columns
+        grid = (cdiv(size, high), cdiv(width, columns))
+        _gather[grid](source_TH, rows.index_S, out_SH, size, width, source_TH.stride(0), ROWS=high, COLUMNS=columns,
                       num_warps=4)  # fmt: skip
     return out_SH
 
@@ -45,9 +48,9 @@ def combine_rows(
     out_TH = torch.empty((tokens, width), dtype=rows_SH.dtype, device=rows_SH.device)
     bias_EH = None if bias_EH is None else bias_EH.contiguous()
     if out_TH.numel():
-        columns = min(triton.next_power_of_2(width), 1024)
+        columns = min(next_power_of_2(width), 1024)
         rows = max(1, 2048 // columns)
-        grid = (triton.cdiv(tokens, rows), triton.cdiv(width, columns))
+        grid = (cdiv(tokens, rows), cdiv(width, columns))
         _combine[grid](
             rows_SH, inverse_TK, offsets_E, weights_TK, bias_EH, ids_TK, out_TH, tokens, width, offsets_E.numel(),
             K=top_k, WEIGHTED=weights_TK is not None, BIAS=bias_EH is not None, ROWS=rows, COLUMNS=columns,

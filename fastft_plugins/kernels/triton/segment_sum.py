@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastft_plugins.kernels.rows import Rows
 from fastft_plugins.kernels.triton.segments import find_tile
+from fastft_plugins.kernels.triton_support import cdiv, next_power_of_2
 
 _ROWS = 256  # of one tile
 
@@ -22,13 +23,12 @@ _ROWS = 256  # of one tile
 def segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None) -> Tensor:
     """See `fastft_plugins.kernels.rows.segment_sum`."""
     rows_XN, index_S = rows.source_XH, rows.index_S
-    size = rows_XN.shape[0] if index_S is None else index_S.numel()
-    width, segments = rows_XN.shape[1], offsets_E.numel()
-    tiles = triton.cdiv(size, _ROWS) + segments
+    size, width, segments = rows.size, rows_XN.shape[1], offsets_E.numel()
+    tiles = cdiv(size, _ROWS) + segments
     partial_PN = torch.empty((tiles, width), dtype=torch.float32, device=rows_XN.device)
     out_EN = torch.empty((segments, width), dtype=torch.float32, device=rows_XN.device)
-    columns, padded = min(128, triton.next_power_of_2(width)), triton.next_power_of_2(segments)
-    blocks = triton.cdiv(width, columns)
+    columns, padded = min(128, next_power_of_2(width)), next_power_of_2(segments)
+    blocks = cdiv(width, columns)
     _sum_rows[(blocks * tiles,)](
         rows_XN, index_S, weights_S, offsets_E, partial_PN, width, segments, rows_XN.stride(0),
         INDEXED=index_S is not None, WEIGHTED=weights_S is not None, SEGMENTS=padded, ROWS=_ROWS, STEP=32,
