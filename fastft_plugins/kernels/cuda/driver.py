@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 _ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES = 3, 3
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CUfunction_attribute
-_BUFFER_POINTER, _BUFFER_SIZE = 1, 2  # CU_LAUNCH_PARAM_*
 _MAP_BYTES = 128
 
 
@@ -98,25 +98,16 @@ def _encoded(
     return memory.raw[skipped : skipped + _MAP_BYTES]
 
 
-class _Arguments(ctypes.Structure):
-    """A kernel's arguments as one piece of memory: what cuLaunchKernel calls "extra"."""
-
-    _fields_ = (
-        ("pointer_key", ctypes.c_void_p),
-        ("pointer", ctypes.c_char_p),
-        ("size_key", ctypes.c_void_p),
-        ("size", ctypes.c_void_p),
-        ("end", ctypes.c_void_p),
-    )
-
-
 def launch(
-    kernel: ctypes.c_void_p, blocks: int, threads: int, shared_bytes: int, stream: int, arguments: bytes
-) -> None:
-    """Start a kernel, given its arguments one after the other as C lays out a struct."""
-    size = ctypes.c_size_t(len(arguments))
-    extra = _Arguments(_BUFFER_POINTER, arguments, _BUFFER_SIZE, ctypes.addressof(size), None)
-    _call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, None, ctypes.byref(extra))
+    kernel: ctypes.c_void_p, blocks: int, threads: int, shared_bytes: int, stream: int,
+    arguments: bytes, starts: Sequence[int],
+) -> None:  # fmt: skip
+    """Start a kernel. Of its arguments, which lie in one piece, each begins at one of ``starts``."""
+    # Not through the driver's own way to take one piece ("extra"): in there, the compiler decides where each begins.
+    memory = ctypes.create_string_buffer(arguments, len(arguments))
+    address = ctypes.addressof(memory)
+    addresses = (ctypes.c_void_p * len(starts))(*[address + start for start in starts])
+    _call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, addresses, None)
 
 
 def set_to_zero(number: Tensor, stream: int) -> None:

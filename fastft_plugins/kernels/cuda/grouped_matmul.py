@@ -27,7 +27,8 @@ _STAGES, _BLOCK, _THREADS = 4, 64, 384
 _SHARED_BYTES = 1024 + _STAGES * (256 + COLUMNS) * _BLOCK * 2 + _STAGES * (8 + 8 + 4)
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _BOX = (_BLOCK, _BLOCK)
-_NUMBERS = struct.Struct("4P4i")  # what the kernel takes after its tensor maps
+_NUMBERS = struct.Struct("4P4i")  # what the kernel takes after its three tensor maps of 128 bytes
+_STARTS = (0, 128, 256, 384, 392, 400, 408, 416, 420, 424, 428)
 _WEIGHTS_OF_ROW = 8  # of which one counts: rows of a tensor map lie a multiple of 16 bytes apart
 
 
@@ -90,7 +91,7 @@ def _run(
     set_to_zero(next_tile, stream)
     tensors = (out, sums_EN, next_tile, offsets_E)
     numbers = _NUMBERS.pack(*[tensor.data_ptr() for tensor in tensors], *sizes)
-    launch(kernel, multiprocessors(out.device), _THREADS, _SHARED_BYTES, stream, maps + numbers)
+    launch(kernel, multiprocessors(out.device), _THREADS, _SHARED_BYTES, stream, maps + numbers, _STARTS)
 
 
 @functools.cache
