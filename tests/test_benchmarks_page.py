@@ -132,6 +132,17 @@ def test_a_block_is_compared_with_stock_and_a_failed_peer_is_named(tmp_path: Pat
     assert "liger: **failed** `RuntimeError: half way`" in text and "`ImportError: no absent`" in text
 
 
+def test_products_stand_beside_each_other_and_a_failed_kernel_is_named(tmp_path: Path) -> None:
+    ms = {"cuBLAS": [1.0], "torch grouped_mm": [3.0, 2.0, 9.0], "Triton": [4.0]}
+    failed = {"CUDA for Hopper": "RuntimeError: no Hopper"}
+    entry = {"product": "up", "flops": 1, "ms": ms, "errors": {}, "failed": failed}
+    write(tmp_path, "experts_products_toy", result("grouped_products", tokens=64, shapes={"toy-moe": [entry]}))
+    text = page.page(tmp_path)
+    row = row_of(text, "[toy-moe](experts_products_toy.json)")
+    assert row[1:] == ["up", "1.00", "3.00", "4.00", "0.75"]
+    assert "up, CUDA for Hopper: **failed** `RuntimeError: no Hopper`" in text
+
+
 @pytest.mark.parametrize("plans", [OLD_PLANS, NEW_PLANS], ids=["older", "newer"])
 def test_plans_are_compared_with_plain_in_both_layouts(tmp_path: Path, plans: dict[str, Any]) -> None:
     write(
