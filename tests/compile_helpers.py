@@ -153,7 +153,6 @@ class Calls:
     def tma(self) -> None:
         for transposed in (False, True):
             tma.grouped_matmul(self.rows(WIDTH), self.weight(WIDTH, WIDTH, transposed), self.offsets)
-        tma.grouped_weight_grad(self.rows(WIDTH), self.rows(2 * WIDTH), self.offsets)
 
     def one_of_each(self) -> None:
         self.counting_sort()

@@ -34,7 +34,7 @@ ARCHITECTURES = {
     120: ("one", 99 * KB),
 }
 SPILLED = 64  # bytes a thread; a few are harmless
-SPILLED_ODD = 1024  # widths that are not multiples of 8 allow no wide loads; no model has them
+SPILLED_ODD = 3 * KB  # widths that are not multiples of 8 allow no wide loads; no model has them
 
 
 def helper(cache, capability, what):
@@ -61,7 +61,7 @@ def compilations(tmp_path_factory):
 def test_compiles_within_shared_memory_and_registers(compilations, capability):
     kernels = compilations[capability].result()
     names = {kernel["kernel"] for kernel in kernels}
-    assert len(names) == (14 if capability == 90 else 12), names
+    assert len(names) == (13 if capability == 90 else 12), names
     limit = ARCHITECTURES[capability][1]
     assert [kernel for kernel in kernels if kernel["shared"] > limit] == []
     assert [kernel for kernel in kernels if kernel["spilled"] > (SPILLED_ODD if kernel["odd"] else SPILLED)] == []

@@ -76,13 +76,9 @@ def tma_rejects(call: MatmulCall) -> str | None:
         return "is tuned for compute capability 9.0"
     if call.dtype not in _HALF:
         return f"needs bfloat16 or float16, got {call.dtype}"
-    return _widths_reject(call)
-
-
-def tma_product_rejects(call: MatmulCall) -> str | None:
     if call.inner % 64 or not call.dense:
         return f"needs a dense weight, and an inner width in steps of 64, got {call.inner}"
-    return tma_rejects(call)
+    return _widths_reject(call)
 
 
 def torch_rejects(call: MatmulCall) -> str | None:

@@ -41,22 +41,6 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: No
     return out_SN  # type: ignore[return-value]
 
 
-def grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
-    """See `fastft_plugins.kernels.grouped_matmul.grouped_weight_grad`."""
-    rows_SK, grads_SN = rows.gathered(), grads.gathered()
-    inner, width, experts = rows_SK.shape[1], grads_SN.shape[1], offsets_E.numel()
-    if not rows_SK.shape[0]:
-        return rows_SK.new_zeros((experts, inner, width))
-    out_EKN = torch.empty((experts, inner, width), dtype=rows_SK.dtype, device=rows_SK.device)
-    programs = multiprocessors(rows_SK.device)
-    _weight_grad[(programs,)](
-        TensorDescriptor.from_tensor(rows_SK, [INNER, ROWS]), TensorDescriptor.from_tensor(grads_SN, [INNER, COLUMNS]),
-        rows_SK, grads_SN, out_EKN, offsets_E, inner, width, experts, HIGH=ROWS, WIDE=COLUMNS, STEP=INNER,
-        GROUP=_GROUP, PROGRAMS=programs, num_warps=8, num_stages=3,
-    )  # fmt: skip
-    return out_EKN
-
-
 @triton.jit
 def _product(
     rows_desc, weight_desc, out_ptr, offsets_ptr, width, inner, E,
@@ -95,36 +79,3 @@ def _product(
             total.to(out_ptr.dtype.element_ty),
             mask=(rows[:, None] < end) & (columns[None, :] < width),
         )
-
-
-@triton.jit
-def _weight_grad(
-    rows_desc, grads_desc, rows_ptr, grads_ptr, out_ptr, offsets_ptr, inner, width, E,
-    HIGH: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    high_tiles = (inner + HIGH - 1) // HIGH
-    wide_tiles = (width + WIDE - 1) // WIDE
-    for tile in tl.range(tl.program_id(0), E * high_tiles * wide_tiles, PROGRAMS):
-        expert = tile // (high_tiles * wide_tiles)
-        start = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
-        end = tl.load(offsets_ptr + expert)
-        place = tile % (high_tiles * wide_tiles)
-        top = place // (GROUP * wide_tiles) * GROUP
-        height = tl.minimum(high_tiles - top, GROUP)
-        place = place % (GROUP * wide_tiles)
-        high = (top + place % height) * HIGH
-        wide = place // height * WIDE
-        total = tl.zeros((HIGH, WIDE), tl.float32)
-        whole = start + (end - start) // STEP * STEP
-        for row in range(start, whole, STEP):
-            total = tl.dot(rows_desc.load([row, high]).T, grads_desc.load([row, wide]), total)
-        highs = high + tl.arange(0, HIGH)
-        wides = wide + tl.arange(0, WIDE)
-        if whole < end:  # the last rows, without those of the next expert, which may be anything
-            last = (whole + tl.arange(0, STEP))[:, None].to(tl.int64)
-            a_inside, b_inside = (last < end) & (highs < inner)[None, :], (last < end) & (wides < width)[None, :]
-            a = tl.load(rows_ptr + last * inner + highs[None, :], mask=a_inside, other=0.0)
-            b = tl.load(grads_ptr + last * width + wides[None, :], mask=b_inside, other=0.0)
-            total = tl.dot(a.T, b, total)
-        out_ptrs = out_ptr + (expert.to(tl.int64) * inner + highs[:, None]) * width + wides[None, :]
-        tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(highs[:, None] < inner) & (wides[None, :] < width))
