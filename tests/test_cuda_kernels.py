@@ -77,7 +77,7 @@ def test_what_cannot_be_loaded_is_said_and_another_kernel_serves(on_a_hopper, mo
         assert reason.startswith("cannot be compiled or loaded here: ")
     monkeypatch.setattr(rejects, "cannot_run", lambda *call: "cannot be loaded")
     call = MatmulCall(device, torch.bfloat16, 2880, 5760)
-    assert rejects.cuda_product_rejects(call) == rejects.cuda_sums_reject(call) == "cannot be loaded"
+    assert rejects.cuda_rejects(call) == rejects.cuda_sums_reject(call) == "cannot be loaded"
 
 
 def test_an_old_compiler_is_refused(monkeypatch):
@@ -89,7 +89,7 @@ def test_an_old_compiler_is_refused(monkeypatch):
 
 def test_without_a_gpu_it_says_so():
     call = MatmulCall(torch.device("cpu"), torch.bfloat16, 2880, 5760)
-    for reject in (rejects.cuda_product_rejects, rejects.cuda_grad_rejects, rejects.cuda_sums_reject):
+    for reject in (rejects.cuda_rejects, rejects.cuda_sums_reject):
         assert reject(call) == "needs an NVIDIA GPU, the tensors are on cpu"
 
 
@@ -103,7 +103,7 @@ def on_a_hopper(monkeypatch):
 
 def test_is_chosen_where_it_was_measured_to_be_faster(on_a_hopper):
     def product(inner, width, **more):
-        return rejects.cuda_product_rejects(call(inner, width, **more))
+        return rejects.cuda_rejects(call(inner, width, **more))
 
     def call(inner, width, dtype=torch.bfloat16, **more):
         return MatmulCall(torch.device("cuda", 0), dtype, inner, width, **more)
@@ -116,8 +116,7 @@ def test_is_chosen_where_it_was_measured_to_be_faster(on_a_hopper):
     assert product(2880, 5760, dtype=torch.float32) == "needs bfloat16 or float16, got torch.float32"
     assert product(2880, 5760, dense=False) == "needs a dense weight"
     assert product(2880, 5760, aligned=False) == "needs matrices and rows that start at a multiple of 16 bytes"
-    assert rejects.cuda_grad_rejects(call(2880, 5760)) is rejects.cuda_sums_reject(call(2880, 5760)) is None
-    assert "fit a width of 2048 worse" in rejects.cuda_grad_rejects(call(768, 2048))
+    assert rejects.cuda_sums_reject(call(2880, 5760)) is None
     for inner in (200, 512):
         wanted = f"needs an inner width in steps of 64, but not of 256, got {inner}"
         assert rejects.cuda_sums_reject(call(inner, 576)) == wanted
@@ -126,7 +125,7 @@ def test_is_chosen_where_it_was_measured_to_be_faster(on_a_hopper):
 def test_other_generations_keep_their_kernels(on_a_hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     call = MatmulCall(torch.device("cuda", 0), torch.bfloat16, 2880, 5760)
-    assert rejects.cuda_product_rejects(call) == "is written for compute capability 9.0"
+    assert rejects.cuda_rejects(call) == "is written for compute capability 9.0"
 
 
 # --- on a GPU

@@ -74,14 +74,14 @@ def _separate_grads(rows: Rows, grads: Rows, offsets_E: Tensor, weights_S: Tenso
 
 
 GROUPED_MATMUL_KERNELS = (
-    Kernel("CUDA for Hopper", 0, rejects.cuda_product_rejects, gpu_kernel("cuda.grouped_matmul", "grouped_matmul")),
+    Kernel("CUDA for Hopper", 0, rejects.cuda_rejects, gpu_kernel("cuda.grouped_matmul", "grouped_matmul")),
     Kernel("Triton with TMA", 10, rejects.tma_rejects, triton_kernel("grouped_matmul_tma", "grouped_matmul")),
     Kernel("torch grouped_mm", 20, rejects.torch_rejects, torch_grouped_matmul),
     Kernel("Triton", 50, rejects.triton_matmul_rejects, triton_kernel("grouped_matmul", "grouped_matmul")),
     Kernel("loop over experts", 100, lambda call: None, reference_grouped_matmul),
 )
 GROUPED_WEIGHT_GRAD_KERNELS = (
-    Kernel("CUDA for Hopper", 0, rejects.cuda_grad_rejects, gpu_kernel("cuda.grouped_matmul", "grouped_weight_grad")),
+    Kernel("CUDA for Hopper", 0, rejects.cuda_rejects, gpu_kernel("cuda.grouped_matmul", "grouped_weight_grad")),
     Kernel("torch grouped_mm", 10, rejects.torch_rejects, torch_grouped_weight_grad),
     Kernel("Triton", 50, rejects.triton_matmul_rejects, triton_kernel("grouped_matmul", "grouped_weight_grad")),
     Kernel("loop over experts", 100, lambda call: None, reference_grouped_weight_grad),

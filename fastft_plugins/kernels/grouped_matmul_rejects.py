@@ -26,33 +26,12 @@ class MatmulCall(TensorCall):
     accumulate: bool = False
 
 
-def cuda_product_rejects(call: MatmulCall) -> str | None:
-    """Where it was slower than others on an H200.
+def cuda_rejects(call: MatmulCall) -> str | None:
+    """Why not, or where it was slower than others on an H200.
 
     Where its tiles fit (2880, 5760 columns) it is about 5 % faster than the others. Where those of 256 columns fit
     better, it is still 4 to 7 % faster with inner widths of 768 and 1536, and at least 2 % slower with 4096 and more.
     """
-    reason = _cuda_rejects(call)
-    if reason is None and call.width % COLUMNS and call.inner > 2048:
-        return f"has tiles of {COLUMNS} columns, which fit a width of {call.width} worse than others"
-    return reason
-
-
-def cuda_grad_rejects(call: MatmulCall) -> str | None:
-    reason = _cuda_rejects(call)
-    if reason is None and call.width % COLUMNS:
-        return f"has tiles of {COLUMNS} columns, which fit a width of {call.width} worse than others"
-    return reason
-
-
-def cuda_sums_reject(call: MatmulCall) -> str | None:
-    reason = cuda_grad_rejects(call)
-    if reason is None and (call.inner % 64 or call.inner % 256 == 0):  # the sums take a row of a tile that is not full
-        return f"needs an inner width in steps of 64, but not of 256, got {call.inner}"
-    return reason
-
-
-def _cuda_rejects(call: MatmulCall) -> str | None:
     reason = not_on_nvidia(call.device)
     if reason is not None:
         return reason
@@ -65,7 +44,16 @@ def _cuda_rejects(call: MatmulCall) -> str | None:
     reason = _widths_reject(call)
     if reason is None and _filled(call.width, COLUMNS) < 0.95 * _filled(call.width, 256):
         reason = f"wastes its tiles of {COLUMNS} columns on a width of {call.width}"
+    if reason is None and call.width % COLUMNS and call.inner > 2048:
+        reason = f"has tiles of {COLUMNS} columns, which fit a width of {call.width} worse than others"
     return reason or cannot_run(call.device, call.dtype)
+
+
+def cuda_sums_reject(call: MatmulCall) -> str | None:
+    reason = cuda_rejects(call)
+    if reason is None and (call.inner % 64 or call.inner % 256 == 0):  # the sums take a row of a tile that is not full
+        return f"needs an inner width in steps of 64, but not of 256, got {call.inner}"
+    return reason
 
 
 def tma_rejects(call: MatmulCall) -> str | None:
