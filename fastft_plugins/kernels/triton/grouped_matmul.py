@@ -121,20 +121,18 @@ def _product(
     b_ptrs += step[:, None].to(tl.int64) * stride_inner + column[None, :].to(tl.int64) * stride_width
     rows_inside, columns_inside = real[:, None], column[None, :] < width
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    # What is left over comes first, while no sums are in registers, and apart: its mask at every step takes a tenth of
-    # the speed.
     whole = inner // INNER * INNER
-    if whole < inner:
-        left = whole + step < inner
-        a = tl.load(a_ptrs + whole, mask=rows_inside & left[None, :], other=0.0)
-        b = tl.load(b_ptrs + tl.cast(whole, tl.int64) * stride_inner, mask=left[:, None] & columns_inside, other=0.0)
-        total = tl.dot(a, b, total)
     for _ in range(0, whole, INNER):
         a = tl.load(a_ptrs, mask=rows_inside, other=0.0)
         b = tl.load(b_ptrs, mask=columns_inside, other=0.0)
         total = tl.dot(a, b, total)
         a_ptrs += INNER
         b_ptrs += INNER * stride_inner
+    if whole < inner:  # apart, because a mask that changes at every step takes a tenth of the speed
+        left = step < inner - whole
+        a = tl.load(a_ptrs, mask=rows_inside & left[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=left[:, None] & columns_inside, other=0.0)
+        total = tl.dot(a, b, total)
     out_ptrs = out_ptr + row[:, None].to(tl.int64) * stride_out + column[None, :]
     inside = rows_inside & columns_inside
     if ACCUMULATE:
@@ -155,23 +153,21 @@ def _weight_grad(
     wide = tl.program_id(0) % wide_tiles * WIDE + tl.arange(0, WIDE)
     high_inside, wide_inside = (high < inner)[None, :], (wide < width)[None, :]
     step = tl.arange(0, STEP)[:, None]
-    total = tl.zeros((HIGH, WIDE), tl.float32)
-    # As in the product: the last rows come first, without those of the next expert, which may be anything. A mask of
-    # rows in every step takes a quarter of the speed.
-    last = start + (end - start) // STEP * STEP
-    if last < end:
-        row = (last + step).to(tl.int64)
-        a = tl.load(rows_ptr + row * stride_row + high[None, :], mask=(row < end) & high_inside, other=0.0)
-        b = tl.load(grads_ptr + row * stride_grad + wide[None, :], mask=(row < end) & wide_inside, other=0.0)
-        total = tl.dot(tl.trans(a), b, total)
     a_ptrs = rows_ptr + (start + step).to(tl.int64) * stride_row + high[None, :]
     b_ptrs = grads_ptr + (start + step).to(tl.int64) * stride_grad + wide[None, :]
-    for _ in range(start, last, STEP):
+    total = tl.zeros((HIGH, WIDE), tl.float32)
+    whole = (end - start) // STEP * STEP
+    for _ in range(0, whole, STEP):
         a = tl.load(a_ptrs, mask=high_inside, other=0.0)
         b = tl.load(b_ptrs, mask=wide_inside, other=0.0)
         total = tl.dot(tl.trans(a), b, total)
         a_ptrs += STEP * stride_row
         b_ptrs += STEP * stride_grad
+    if whole < end - start:  # the last rows, without those of the next expert, which may be anything
+        left = step < end - start - whole
+        a = tl.load(a_ptrs, mask=left & high_inside, other=0.0)
+        b = tl.load(b_ptrs, mask=left & wide_inside, other=0.0)
+        total = tl.dot(tl.trans(a), b, total)
     out_ptrs = out_ptr + (expert.to(tl.int64) * inner + high[:, None]) * width + wide[None, :]
     inside = (high[:, None] < inner) & (wide[None, :] < width)
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=inside)
