@@ -77,7 +77,6 @@ def compile_launches() -> None:
                 "kernel": f"{self.__module__.rsplit('.', 1)[1]}.{self.__name__}",
                 "options": {name: value for name, value in options.items() if value is not False},
                 "dtype": dtype_of(args),
-                "odd": any(isinstance(arg, int) and arg in (ODD, 2 * ODD) for arg in args),
                 "shared": kernel.metadata.shared,
                 "spilled": int(spills[1]) if spills else 0,
                 "registers": int(registers[1]) if registers else None,

@@ -34,7 +34,6 @@ ARCHITECTURES = {
     120: ("one", 99 * KB),
 }
 SPILLED = 64  # bytes a thread; a few are harmless
-SPILLED_ODD = 3 * KB  # widths that are not multiples of 8 allow no wide loads; no model has them
 
 
 def helper(cache, capability, what):
@@ -64,7 +63,7 @@ def test_compiles_within_shared_memory_and_registers(compilations, capability):
     assert len(names) == (13 if capability == 90 else 12), names
     limit = ARCHITECTURES[capability][1]
     assert [kernel for kernel in kernels if kernel["shared"] > limit] == []
-    assert [kernel for kernel in kernels if kernel["spilled"] > (SPILLED_ODD if kernel["odd"] else SPILLED)] == []
+    assert [kernel for kernel in kernels if kernel["spilled"] > SPILLED] == []
 
 
 def test_batch_sizes_cause_no_compilation(tmp_path):

@@ -280,7 +280,7 @@ def test_gate_of_no_rows():
 
 # --- grouped products
 
-WIDTHS = [(16, 16), (17, 40), (100, 33), (48, 100)]
+WIDTHS = [(16, 16), (17, 40), (100, 33), (48, 100), (68, 72)]
 
 
 def some_rows(counts, width, dtype, indexed):

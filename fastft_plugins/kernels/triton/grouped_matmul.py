@@ -37,6 +37,8 @@ class Tiles:
 _LARGE = (Tiles(128, 256, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
 _MEDIUM = (Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 3))
 _SMALL = (Tiles(128, 128, 32, 8, 4), Tiles(128, 128, 32, 8, 4))
+# Where a width is no multiple of 8, loads are narrow, and the addresses of a larger tile do not fit the registers.
+_UNALIGNED = Tiles(64, 64, 32, 4, 3)
 
 
 def tiles_for(capability: tuple[int, int]) -> tuple[Tiles, Tiles]:
@@ -60,7 +62,7 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Te
     accumulate = out_SN is not None
     if out_SN is None:
         out_SN = torch.empty((size, width), dtype=rows_XK.dtype, device=rows_XK.device)
-    tiles = _tiles_on(rows_XK.device)[0]
+    tiles = _suited(_tiles_on(rows_XK.device)[0], inner, width)
     if size and width:
         columns, step = _fitting(tiles.columns, width), _fitting(tiles.inner, inner)
         grid = (cdiv(width, columns) * (cdiv(size, tiles.rows) + experts),)
@@ -81,7 +83,7 @@ def grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
     rows_SK, grads_SN = rows.gathered(), grads.gathered()
     inner, width, experts = rows_SK.shape[1], grads_SN.shape[1], offsets_E.numel()
     out_EKN = torch.empty((experts, inner, width), dtype=rows_SK.dtype, device=rows_SK.device)
-    tiles = _tiles_on(rows_SK.device)[1]
+    tiles = _suited(_tiles_on(rows_SK.device)[1], inner, width)
     if out_EKN.numel():
         high, wide = _fitting(tiles.rows, inner), _fitting(tiles.columns, width)
         grid = (cdiv(inner, high) * cdiv(width, wide), experts)
@@ -90,6 +92,10 @@ def grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
             HIGH=high, WIDE=wide, STEP=tiles.inner, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return out_EKN
+
+
+def _suited(tiles: Tiles, inner: int, width: int) -> Tiles:
+    return _UNALIGNED if min(inner, width) > 64 and (inner % 8 or width % 8) else tiles
 
 
 def _fitting(tile: int, width: int) -> int:
