@@ -49,11 +49,7 @@ THEMES = {
         "The grouped products of experts",
         "Each kernel forced, its rows sorted before; cuBLAS multiplies as many rows, all experts equally long.",
     ),
-    "experts": (
-        "Experts in whole models",
-        "In these files the peak memory of the second stack holds the model of the first one too, because both ran in "
-        "one process: compare their times only.",
-    ),
+    "experts": ("Experts in whole models", ""),
     "checkpointing": (
         "Activation checkpointing",
         "Forward and backward; `planned@40` is planned in 40 GB. *Speed* is the median step of `plain` by this one's, "

@@ -107,7 +107,7 @@ def products_table(results: Results) -> str:
     """Of `benchmarks.grouped_products`: a row for each product, a column for each kernel."""
     every = [entry for result in results.values() for entries in result["shapes"].values() for entry in entries]
     kernels = list(dict.fromkeys(kernel for entry in every for kernel in entry["ms"]))
-    header = "|".join(["block", "product", *(f"{kernel}, ms:" for kernel in kernels), "Triton / torch, speed:"])
+    header = "|".join(["block|tokens:|product", *(f"{kernel}, ms:" for kernel in kernels), "Triton / torch, speed:"])
     rows, notes = [], []
     for name, result in results.items():
         for shape, entries in result["shapes"].items():
@@ -116,11 +116,12 @@ def products_table(results: Results) -> str:
                 cells = [f"{ms[kernel]:.2f}" if kernel in ms else NONE for kernel in kernels]
                 pair = [ms.get(kernel) for kernel in ("torch grouped_mm", "Triton")]
                 share = f"{pair[0] / pair[1]:.2f}" if pair[0] and pair[1] else NONE
-                rows.append([link(name, shape), entry["product"], *cells, share])
+                rows.append([link(name, shape), f"{result['tokens']:,}", entry["product"], *cells, share])
                 notes += [
                     f"{link(name, shape)}, {entry['product']}, {kernel}: {_problem('failed', problem)}"
                     for kernel, problem in entry["failed"].items()
                 ]
+        notes += _absent(name, result, "--shapes", result["shapes"])
     return table(header, rows) + listed(notes)
 
 

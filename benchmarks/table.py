@@ -51,7 +51,7 @@ def read(file: Path) -> dict[str, Any] | None:
         ValueError: the file cannot be read, or lacks part of a result.
     """
     result = load(file)
-    if not isinstance(result, dict) or "schema" not in result or result.keys() & {"cases", "plans", "kinds"}:
+    if not isinstance(result, dict) or "schema" not in result or result.keys() & {"cases", "plans", "kinds", "shapes"}:
         return None
     try:
         markdown({file.stem: result})

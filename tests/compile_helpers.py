@@ -196,6 +196,8 @@ class Calls:
         self.matmul(accumulate=True)
         self.matmul(inner=ODD, width=2 * ODD)
         self.weight_grad(inner=ODD, width=2 * ODD)
+        self.matmul(inner=RANK, width=ODD, accumulate=True)
+        self.weight_grad(inner=RANK, width=ODD)
         self.lora()
 
 

@@ -210,12 +210,17 @@ def test_the_table_names_files_and_skips_those_of_other_programs(
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     (tmp_path / "moe.json").write_text('{"schema": 1, "cases": []}')
     (tmp_path / "sweep.json").write_text('{"schema": 1, "plans": {}}')
-    files = [str(tmp_path / f"{name}.json") for name in ("one", "moe", "sweep", "two")]
+    (tmp_path / "products.json").write_text('{"schema": 1, "shapes": {}}')
+    files = [str(tmp_path / f"{name}.json") for name in ("one", "moe", "sweep", "products", "two")]
     table.main([*files, files[0]])
     shown = capsys.readouterr()
     names = [line.split(" | ")[0].removeprefix("| ") for line in shown.out.splitlines()[4:]]
     assert names == ["one", "one", "two", "two", files[0], files[0]]  # two files of one name stay apart
-    assert "moe.json: skipped" in shown.err and "sweep.json: skipped" in shown.err
+    assert all(f"{name}.json: skipped" in shown.err for name in ("moe", "sweep", "products"))
+
+
+def test_the_table_takes_the_committed_results() -> None:
+    table.main([])
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_products_stand_beside_each_other_and_a_failed_kernel_is_named(tmp_path:
     write(tmp_path, "experts_products_toy", result("grouped_products", tokens=64, shapes={"toy-moe": [entry]}))
     text = page.page(tmp_path)
     row = row_of(text, "[toy-moe](experts_products_toy.json)")
-    assert row[1:] == ["up", "1.00", "3.00", "4.00", "0.75"]
+    assert row[1:] == ["64", "up", "1.00", "3.00", "4.00", "0.75"]
     assert "up, CUDA for Hopper: **failed** `RuntimeError: no Hopper`" in text
 
 

@@ -108,6 +108,7 @@ def test_is_chosen_where_it_was_measured_to_be_faster(on_a_hopper):
     def call(inner, width, dtype=torch.bfloat16, **more):
         return MatmulCall(torch.device("cuda", 0), dtype, inner, width, **more)
 
+    assert product(1536, 2048) is product(2048, 768) is None  # both weight gradients of Qwen3's experts
     assert product(2880, 5760) is product(5760, 2880) is product(768, 2048, dtype=torch.float16) is None
     assert product(14336, 4096) == "has tiles of 192 columns, which fit a width of 4096 worse than others"
     assert product(512, 1024) == "wastes its tiles of 192 columns on a width of 1024"

@@ -131,7 +131,7 @@ def test_gather_that_reads_each_row_once(dtype, width, top_k):
     rows = Rows(source, order.int(), top_k, inverse)
     assert torch.equal(gather_rows(rows), source[order // top_k])
     assert torch.equal(rows.part(slice(4, 9)).gathered(), source[order[4:9] // top_k])
-    assert gather_rows(Rows(source[:0], order[:0], top_k, inverse[:0])).shape == (0, width)
+    assert gather_rows(Rows(source[:0], order[:0].int(), top_k, inverse[:0])).shape == (0, width)
 
 
 def routed(tokens, top_k, experts):
@@ -280,7 +280,7 @@ def test_gate_of_no_rows():
 
 # --- grouped products
 
-WIDTHS = [(16, 16), (17, 40), (100, 33), (48, 100), (68, 72)]
+WIDTHS = [(16, 16), (17, 40), (100, 33), (48, 100), (68, 72)]  # the last one has tiles of its own
 
 
 def some_rows(counts, width, dtype, indexed):

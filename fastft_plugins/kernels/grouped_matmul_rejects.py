@@ -27,10 +27,11 @@ class MatmulCall(TensorCall):
 
 
 def cuda_rejects(call: MatmulCall) -> str | None:
-    """Why not, or where it was slower than others on an H200.
+    """Why it cannot serve this product or weight gradient, or is slower than others on an H200.
 
     Where its tiles fit (2880, 5760 columns) it is about 5 % faster than the others. Where those of 256 columns fit
-    better, it is still 4 to 7 % faster with inner widths of 768 and 1536, and at least 2 % slower with 4096 and more.
+    better, products were still 3 to 7 % faster with inner widths of 768 and 1536, at least 2 % slower with 4096 and
+    more; a weight gradient of 1536 by 2048 was 2 to 7 % faster. Between 2048 and 4096 nothing was measured.
     """
     reason = not_on_nvidia(call.device)
     if reason is not None:

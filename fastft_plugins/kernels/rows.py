@@ -19,10 +19,10 @@ class Rows:
 
     Attributes:
         source_XH: the rows.
-        slot_S: int32, the slot at each place of the order, slot x · K + k being one of the K of row x of the source;
-            None if the source's rows lie in order already.
+        slot_S: int32, which slot stands at each place of the order; row x of the source has the slots from x·K on. None
+            if the source's rows lie in order already.
         top_k: K.
-        inverse_XK: int32, the place of each slot, if all of them have one.
+        inverse_XK: int32, the place of each slot, or None, as for a part of the rows.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Rows:
 
     @property
     def size(self) -> int:
-        """S."""
+        """The number of rows in the order, S."""
         return (self.source_XH if self.slot_S is None else self.slot_S).shape[0]
 
     @functools.cached_property
@@ -68,7 +68,10 @@ class Rows:
 
 
 def gather_rows(rows: Rows) -> Tensor:
-    """``source[index]``, contiguous ``[S, H]``. With ``inverse_XK``, a kernel can read each row of the source once."""
+    """The rows in the order of their slots, contiguous ``[S, H]``.
+
+    With ``inverse_XK``, a kernel can read each row of the source once.
+    """
     call = TensorCall(rows.source_XH.device, rows.source_XH.dtype)
     out_SH: Tensor = choose("gather_rows", call).kernel.run(rows)
     return out_SH

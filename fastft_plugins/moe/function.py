@@ -44,7 +44,7 @@ def run_experts(
 
 
 def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Outside of autocast, which is asked for first: entering takes longer."""
+    """A context without autocast. Where autocast is off already nothing is entered, which takes the host time."""
     on = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
 

@@ -1,6 +1,6 @@
 """Loads compiled kernels, describes tensors to the tensor memory accelerator, and launches, through CUDA's driver.
 
-`enter` comes first, in each thread and for each device.
+`ready_stream` comes first, in each thread and for each device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Entered(threading.local):
 _entered = _Entered()
 
 
-def enter(device: torch.device) -> int:
+def ready_stream(device: torch.device) -> int:
     """Torch's current stream, on whose device this thread may use the driver from now on.
 
     The driver wants a CUDA context in each thread; torch makes one there when it first works on the device.
@@ -110,6 +110,6 @@ def launch(
     _call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, addresses, None)
 
 
-def set_to_zero(number: Tensor, stream: int) -> None:
-    """An int32, in a fraction of the host's time that ``zero_`` takes."""
-    _call("cuMemsetD32Async", number.data_ptr(), 0, 1, stream)
+def set_to_zero(int32: Tensor, stream: int) -> None:
+    """Set one int32 to 0, in a fraction of the host's time that ``zero_`` takes."""
+    _call("cuMemsetD32Async", int32.data_ptr(), 0, 1, stream)

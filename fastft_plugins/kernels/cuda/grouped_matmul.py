@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastft_plugins.kernels.cuda.compiler import compile_cuda
-from fastft_plugins.kernels.cuda.driver import enter, launch, load_kernel, set_to_zero, tensor_map
+from fastft_plugins.kernels.cuda.driver import launch, load_kernel, ready_stream, set_to_zero, tensor_map
 from fastft_plugins.kernels.rows import Rows
 from fastft_plugins.kernels.triton_support import multiprocessors
 
@@ -27,7 +27,8 @@ _STAGES, _BLOCK, _THREADS = 4, 64, 384
 _SHARED_BYTES = 1024 + _STAGES * (256 + COLUMNS) * _BLOCK * 2 + _STAGES * (8 + 8 + 4)
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _BOX = (_BLOCK, _BLOCK)
-_NUMBERS = struct.Struct("4P4i")  # what the kernel takes after its three tensor maps of 128 bytes
+# The kernel's arguments: three tensor maps of 128 bytes, then these pointers and sizes; and where each begins.
+_NUMBERS = struct.Struct("4P4i")
 _STARTS = (0, 128, 256, 384, 392, 400, 408, 416, 420, 424, 428)
 _WEIGHTS_OF_ROW = 8  # of which one counts: rows of a tensor map lie a multiple of 16 bytes apart
 
@@ -38,10 +39,10 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: No
     size, (experts, inner, width) = rows_SK.shape[0], weight_EKN.shape
     product_SN = torch.empty((size, width), dtype=rows_SK.dtype, device=rows_SK.device)
     if size:
-        stream, along_n = enter(rows_SK.device), weight_EKN.stride(2) == 1
+        stream, along_n = ready_stream(rows_SK.device), weight_EKN.stride(2) == 1
         a = tensor_map(rows_SK, _BOX)
         b = tensor_map(weight_EKN, _BOX) if along_n else tensor_map(weight_EKN.mT, (COLUMNS, _BLOCK))
-        maps, sizes = a + b + a, (experts, 0, width, inner)
+        maps, sizes = a + b + a, (experts, 0, width, inner)  # the third map is not read
         _run(stream, (False, along_n, False), maps, product_SN, product_SN, offsets_E, sizes)
     return product_SN
 
@@ -74,7 +75,7 @@ def _weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor, weights_S8: Tensor 
     out_EKN = make((experts, inner, width), dtype=rows_SK.dtype, device=rows_SK.device)
     sums_EN = make((experts, width), dtype=rows_SK.dtype, device=rows_SK.device) if weights_S8 is not None else out_EKN
     if rows_SK.shape[0]:
-        stream = enter(rows_SK.device)
+        stream = ready_stream(rows_SK.device)
         a, b = tensor_map(rows_SK, _BOX), tensor_map(grads_SN, _BOX)
         weights = a if weights_S8 is None else tensor_map(weights_S8, _BOX)
         variant, sizes = (True, True, weights_S8 is not None), (experts, inner, width, 0)
@@ -99,7 +100,7 @@ def cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this machine cannot compile or load the kernel, or None. Compiles the variant that every training uses."""
     try:
         with torch.cuda.device(device):
-            enter(device)
+            ready_stream(device)
             _kernel(device, False, True, False, _DTYPES[dtype])
     except Exception as error:  # a missing package or library, an old compiler, a driver older than the compiler
         return f"cannot be compiled or loaded here: {type(error).__name__}: {error}"

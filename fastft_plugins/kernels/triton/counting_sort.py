@@ -74,8 +74,9 @@ def _place(
     ids_ptr, table_ptr, counts_ptr, offsets_ptr, order_ptr, inverse_ptr, size, E,
     P: tl.constexpr, PIECE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Every id's place and its inverse. Counts are summed a PIECE of the experts at a time, for the registers."""
     chunk = tl.program_id(0)
-    if chunk == 0:
+    if chunk == 0:  # one program is enough for the offsets
         experts = tl.arange(0, P)
         tl.store(offsets_ptr + experts, tl.cumsum(tl.load(counts_ptr + experts), 0), mask=experts < E)
     lane = tl.arange(0, CHUNK)
