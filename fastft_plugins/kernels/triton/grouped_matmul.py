@@ -135,7 +135,9 @@ def _product(
         total = tl.dot(a, b, total)
         a_ptrs += INNER
         b_ptrs += INNER * stride_inner
-    if whole < inner:  # apart, because a mask that changes at every step takes a tenth of the speed
+    # Apart, because a mask that changes at every step takes a tenth of the speed, in the weight gradient a quarter;
+    # and not before the loop, where it takes a third.
+    if whole < inner:
         left = step < inner - whole
         a = tl.load(a_ptrs, mask=rows_inside & left[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=left[:, None] & columns_inside, other=0.0)
