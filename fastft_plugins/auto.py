@@ -7,6 +7,7 @@ so it imports almost nothing, and waits until the program itself has imported a 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -64,13 +65,14 @@ def config() -> FastFTConfig:
 
 def announce(report: Report) -> None:
     """Show the report of a training that has ended, in the process that speaks for all; the script does not know it."""
-    print(f"\n{report}", file=sys.stderr, flush=True)
     file = os.environ.get(REPORT)
     if file:
         try:
             Path(file).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:  # no reason to fail a training that has succeeded
             logger.warning("fastft: the report was not saved, %s cannot be written (%s)", file, error.strerror)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more: a pipe that has ended, say
+        print(f"\n{report}", file=sys.stderr, flush=True)
 
 
 def wait_for_frameworks() -> None:

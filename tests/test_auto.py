@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import io
 import json
 import os
 import signal
@@ -309,3 +310,14 @@ def test_a_report_that_cannot_be_saved_is_no_error(tmp_path, monkeypatch, caplog
     monkeypatch.setenv("FASTFT_REPORT", str(tmp_path))
     auto.announce(Report(model="Tiny"))
     assert "Tiny" in capsys.readouterr().err and "cannot be written" in caplog.text
+
+
+def test_a_report_that_nobody_reads_is_no_error_and_is_saved(tmp_path, monkeypatch):
+    """As after ``fastft run train.py 2>&1 | head``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setenv("FASTFT_REPORT", str(tmp_path / "report.json"))
+    with os.fdopen(writing, "wb", buffering=0) as closed:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(closed, write_through=True))
+        auto.announce(Report(model="Tiny"))
+    assert json.loads((tmp_path / "report.json").read_text())["model"] == "Tiny"
