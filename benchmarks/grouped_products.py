@@ -122,14 +122,15 @@ def measure(product: Product, turns: int, steps: int) -> dict[str, Any]:
     }  # fmt: skip
     runs = {CUBLAS: product.by_cublas()}
     for kernel in kernels[:-1]:  # the last one is a loop on the host
+        run = product.by(kernel)
         try:
-            error = product.error(product.by(kernel)())
+            error = product.error(run())
         except Exception as problem:  # not for this card or this torch
             entry["failed"][kernel.name] = f"{type(problem).__name__}: {problem}"[:300]
             continue
         entry["errors"][kernel.name] = error
         if error < TOLERANCE:
-            runs[kernel.name] = product.by(kernel)
+            runs[kernel.name] = run
         else:
             entry["failed"][kernel.name] = f"wrong: {error:.1e} from fp32"
     for _ in range(turns):
