@@ -110,13 +110,13 @@ class Calls:
         return zeros(*shape, dtype=self.dtype)
 
     def rows(self, width: int, indexed: bool = False) -> Rows:
-        return Rows(self.data(self.tokens, width), self.order) if indexed else Rows(self.data(self.size, width))
+        return Rows(self.data(self.tokens, width), self.order, TOP_K) if indexed else Rows(self.data(self.size, width))
 
     def counting_sort(self, experts: int = EXPERTS) -> None:
         counting_sort(self.ids.reshape(-1), experts)
 
     def gather(self) -> None:
-        gather_rows(Rows(self.data(self.tokens, WIDTH), self.order))
+        gather_rows(Rows(self.data(self.tokens, WIDTH), self.order, TOP_K))
         gather_rows(Rows(self.data(self.tokens, WIDTH), self.order, TOP_K, self.inverse))
 
     def combine(self, weighted: bool = True, biased: bool = True) -> None:

@@ -36,12 +36,12 @@ ARCHITECTURES = {
 SPILLED = 64  # bytes a thread; a few are harmless
 
 
-def helper(cache, capability, what):
-    """The lines that compile_helpers.py prints."""
+def helper(cache, capability, what, script="compile_helpers.py"):
+    """The lines that a script in this folder prints."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment["TRITON_CACHE_DIR"] = str(cache / str(capability))
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "tests" / "compile_helpers.py"), str(capability), what]
+    command = [sys.executable, str(ROOT / "tests" / script), str(capability), what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -70,3 +70,9 @@ def test_batch_sizes_cause_no_compilation(tmp_path):
     """Numbers and addresses that differ from batch to batch are not specialised on."""
     ((one_batch, many_batches),) = helper(tmp_path, 90, "keys")
     assert one_batch == many_batches
+
+
+def test_a_launch_never_takes_a_kernel_that_triton_would_not(tmp_path):
+    (counts,) = helper(tmp_path, 90, "", "launch_helpers.py")
+    assert counts["theirs"] > 300
+    assert counts["several"] == 0

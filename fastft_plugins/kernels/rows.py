@@ -5,8 +5,6 @@ Shape suffixes: T tokens, K experts of a token, S = T·K routed rows, X rows of 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -39,9 +37,9 @@ class Rows:
         """The number of rows in the order, S."""
         return (self.source_XH if self.slot_S is None else self.slot_S).shape[0]
 
-    @functools.cached_property
+    @property
     def index_S(self) -> Tensor | None:
-        """int32, the row of ``source_XH`` at each place of the order, made when a kernel first asks for it."""
+        """int32, the row of ``source_XH`` at each place of the order. Kernels for GPUs divide the slots themselves."""
         if self.slot_S is None or self.top_k == 1:
             return self.slot_S
         return torch.div(self.slot_S, self.top_k, rounding_mode="floor")
@@ -105,8 +103,8 @@ def segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None = None) 
 
 
 def reference_gather_rows(rows: Rows) -> Tensor:
-    assert rows.index_S is not None
-    return rows.source_XH.index_select(0, rows.index_S)
+    index_S = rows.index_S
+    return rows.source_XH if index_S is None else rows.source_XH.index_select(0, index_S)
 
 
 def reference_combine_rows(

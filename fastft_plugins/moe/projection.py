@@ -90,17 +90,22 @@ def parameter_grads(
     if need.weight and rows is not None:
         if projection.weight.stride(2) == 1 and need_bias:
             dweight, dbias = grouped_weight_bias_grad(rows, douts, offsets_E, row_scales_S)
-        elif projection.weight.stride(2) == 1:
-            dweight = grouped_weight_grad(rows, douts, offsets_E)
-        else:  # a transposed view: make the gradient in the layout of the parameter behind it
-            dweight = grouped_weight_grad(douts, rows, offsets_E).transpose(1, 2)
+        else:
+            dweight = _weight_grad(projection.weight, rows, douts, offsets_E)
     if need_bias and dbias is None:
         dbias = segment_sum(douts, offsets_E, row_scales_S)
     if dbias is not None and projection.bias is not None:
         dbias = dbias.to(projection.bias.dtype)
-    if need.lora_a and low.grad is not None and rows is not None:
-        da = grouped_weight_grad(rows, Rows(low.grad), offsets_E)
-    if need.lora_b and low.value is not None:
+    if need.lora_a and projection.lora_a is not None and low.grad is not None and rows is not None:
+        da = _weight_grad(projection.lora_a, rows, Rows(low.grad), offsets_E)
+    if need.lora_b and projection.lora_b is not None and low.value is not None:
         low_SR = low.value if row_scales_S is None else (low.value * row_scales_S[:, None]).to(low.value.dtype)
-        db = grouped_weight_grad(Rows(low_SR), douts, offsets_E)
+        db = _weight_grad(projection.lora_b, Rows(low_SR), douts, offsets_E)
     return Projection(dweight, dbias, da, db)  # type: ignore[arg-type]
+
+
+def _weight_grad(weight: Tensor, rows: Rows, douts: Rows, offsets_E: Tensor) -> Tensor:
+    """The gradient in the layout of the parameter behind ``weight``, which may be a transposed view of it."""
+    if weight.stride(2) == 1:
+        return grouped_weight_grad(rows, douts, offsets_E)
+    return grouped_weight_grad(douts, rows, offsets_E).transpose(1, 2)

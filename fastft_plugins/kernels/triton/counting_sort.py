@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft_plugins.kernels.triton.launch import launch
 from fastft_plugins.kernels.triton_support import cdiv, next_power_of_2
 
 _CHUNK = 128  # ids that one program compares pairwise
@@ -28,11 +29,12 @@ def counting_sort(ids_S: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     table_BP = torch.empty((blocks, width), dtype=torch.int32, device=device)
     counts_P = torch.empty(width, dtype=torch.int32, device=device)
     if size:
-        _count[(blocks,)](ids_S, table_BP, size, num_experts, P=width, BLOCK=_BLOCK)
+        launch(_count, (blocks, 1, 1), ids_S, table_BP, size, num_experts, P=width, BLOCK=_BLOCK)
     columns = min(width, 32)
-    _scan_blocks[(width // columns,)](table_BP, counts_P, blocks, P=width, ROWS=64, COLUMNS=columns)
+    launch(_scan_blocks, (width // columns, 1, 1), table_BP, counts_P, blocks, P=width, ROWS=64, COLUMNS=columns)
     offsets_E = torch.empty(num_experts, dtype=torch.int32, device=device)
-    _place[(max(1, cdiv(size, _CHUNK)),)](
+    launch(
+        _place, (max(1, cdiv(size, _CHUNK)), 1, 1),
         ids_S, table_BP, counts_P, offsets_E, order_S, inverse_S, size, num_experts,
         P=width, PIECE=min(width, 64), CHUNK=_CHUNK, BLOCK=_BLOCK,
     )  # fmt: skip

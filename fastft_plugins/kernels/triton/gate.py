@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft_plugins.kernels.gate import Gate
+from fastft_plugins.kernels.triton.launch import launch
 from fastft_plugins.kernels.triton.segments import find_tile
 from fastft_plugins.kernels.triton_support import cdiv, next_power_of_2
 
@@ -30,7 +31,8 @@ def gate_forward(gate: Gate, z_SN: Tensor, bias_EN: Tensor | None, order_S: Tens
     bias_EN = None if bias_EN is None else bias_EN.contiguous()
     if a_SI.numel():
         rows, columns = _tile(width)
-        _forward[(cdiv(size, rows) + experts,)](
+        launch(
+            _forward, (cdiv(size, rows) + experts, 1, 1),
             z_SN, bias_EN, offsets_E, a_SI, width, experts,
             KIND=gate.kind, LAYOUT=gate.layout, ALPHA=gate.alpha, LIMIT=gate.limit, BIAS=bias_EN is not None,
             EXPERTS=next_power_of_2(experts), ROWS=rows, COLUMNS=columns, num_warps=4,
@@ -47,7 +49,8 @@ def gate_backward(
     bias_EN = None if bias_EN is None else bias_EN.contiguous()
     if da_SI.numel():
         rows, columns = _tile(width)
-        _backward[(cdiv(size, rows) + experts,)](
+        launch(
+            _backward, (cdiv(size, rows) + experts, 1, 1),
             z_SN, bias_EN, da_SI, weights_S, order_S, offsets_E, dz_SN, dweights_S, scaled_SI, width, experts,
             KIND=gate.kind, LAYOUT=gate.layout, ALPHA=gate.alpha, LIMIT=gate.limit, BIAS=bias_EN is not None,
             SCALED=scaled_SI is not None, SLOPE_AT_LIMIT=clamp_has_slope_at_limit(),

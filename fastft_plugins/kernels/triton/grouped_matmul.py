@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft_plugins.kernels.rows import Rows
+from fastft_plugins.kernels.triton.launch import launch
 from fastft_plugins.kernels.triton.segments import find_tile
 from fastft_plugins.kernels.triton_support import cdiv, next_power_of_2
 
@@ -57,7 +58,7 @@ def _tiles_on(device: torch.device) -> tuple[Tiles, Tiles]:
 
 def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Tensor | None = None) -> Tensor:
     """See `fastft_plugins.kernels.grouped_matmul.grouped_matmul`."""
-    rows_XK, index_S = rows.source_XH, rows.index_S
+    rows_XK, slot_S = rows.source_XH, rows.slot_S
     size, (experts, inner, width) = rows.size, weight_EKN.shape
     accumulate = out_SN is not None
     if out_SN is None:
@@ -65,11 +66,12 @@ def grouped_matmul(rows: Rows, weight_EKN: Tensor, offsets_E: Tensor, out_SN: Te
     tiles = _suited(_tiles_on(rows_XK.device)[0], inner, width)
     if size and width:
         columns, step = _fitting(tiles.columns, width), _fitting(tiles.inner, inner)
-        grid = (cdiv(width, columns) * (cdiv(size, tiles.rows) + experts),)
-        _product[grid](
-            rows_XK, index_S, weight_EKN, out_SN, offsets_E, width, inner, experts,
+        grid = (cdiv(width, columns) * (cdiv(size, tiles.rows) + experts), 1, 1)
+        launch(
+            _product, grid,
+            rows_XK, slot_S, weight_EKN, out_SN, offsets_E, width, inner, experts,
             rows_XK.stride(0), *weight_EKN.stride(), out_SN.stride(0),
-            INDEXED=index_S is not None, ACCUMULATE=accumulate, EXPERTS=next_power_of_2(experts),
+            INDEXED=slot_S is not None, TOP_K=rows.top_k, ACCUMULATE=accumulate, EXPERTS=next_power_of_2(experts),
             ROWS=tiles.rows, COLUMNS=columns, INNER=step, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return out_SN
@@ -86,8 +88,9 @@ def grouped_weight_grad(rows: Rows, grads: Rows, offsets_E: Tensor) -> Tensor:
     tiles = _suited(_tiles_on(rows_SK.device)[1], inner, width)
     if out_EKN.numel():
         high, wide = _fitting(tiles.rows, inner), _fitting(tiles.columns, width)
-        grid = (cdiv(inner, high) * cdiv(width, wide), experts)
-        _weight_grad[grid](
+        grid = (cdiv(inner, high) * cdiv(width, wide), experts, 1)
+        launch(
+            _weight_grad, grid,
             rows_SK, grads_SN, out_EKN, offsets_E, inner, width, rows_SK.stride(0), grads_SN.stride(0),
             HIGH=high, WIDE=wide, STEP=tiles.inner, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
@@ -104,11 +107,11 @@ def _fitting(tile: int, width: int) -> int:
     return min(tile, max(16, next_power_of_2(width)))
 
 
-@triton.jit(do_not_specialize_on_alignment=["index_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["slot_ptr"])
 def _product(
-    rows_ptr, index_ptr, weight_ptr, out_ptr, offsets_ptr, width, inner, E,
+    rows_ptr, slot_ptr, weight_ptr, out_ptr, offsets_ptr, width, inner, E,
     stride_row, stride_expert, stride_inner, stride_width, stride_out,
-    INDEXED: tl.constexpr, ACCUMULATE: tl.constexpr, EXPERTS: tl.constexpr,
+    INDEXED: tl.constexpr, TOP_K: tl.constexpr, ACCUMULATE: tl.constexpr, EXPERTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     column_tiles = (width + COLUMNS - 1) // COLUMNS
@@ -120,7 +123,7 @@ def _product(
     real = row < end
     source = row.to(tl.int64)
     if INDEXED:
-        source = tl.load(index_ptr + row, mask=real, other=0).to(tl.int64)
+        source = (tl.load(slot_ptr + row, mask=real, other=0) // TOP_K).to(tl.int64)
     column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     step = tl.arange(0, INNER)
     a_ptrs = rows_ptr + source[:, None] * stride_row + step[None, :]

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft_plugins.kernels.rows import Rows
+from fastft_plugins.kernels.triton.launch import launch
 from fastft_plugins.kernels.triton_support import cdiv, next_power_of_2
 
 
@@ -23,14 +24,14 @@ def gather_rows(rows: Rows) -> Tensor:
     columns = min(next_power_of_2(width), 512)
     if rows.inverse_XK is not None:
         high, tokens = 2048 // columns, source_TH.shape[0]
-        grid = (cdiv(tokens, high), cdiv(width, columns))
-        _spread[grid](source_TH, rows.inverse_XK, out_SH, tokens, width, source_TH.stride(0), K=rows.top_k, ROWS=high,
-                      COLUMNS=columns, num_warps=4)  # fmt: skip
+        grid = (cdiv(tokens, high), cdiv(width, columns), 1)
+        launch(_spread, grid, source_TH, rows.inverse_XK, out_SH, tokens, width, source_TH.stride(0), K=rows.top_k,
+               ROWS=high, COLUMNS=columns, num_warps=4)  # fmt: skip
     else:
         high = 4096 // columns
-        grid = (cdiv(size, high), cdiv(width, columns))
-        _gather[grid](source_TH, rows.index_S, out_SH, size, width, source_TH.stride(0), ROWS=high, COLUMNS=columns,
-                      num_warps=4)  # fmt: skip
+        grid = (cdiv(size, high), cdiv(width, columns), 1)
+        launch(_gather, grid, source_TH, rows.slot_S, out_SH, size, width, source_TH.stride(0), K=rows.top_k,
+               ROWS=high, COLUMNS=columns, num_warps=4)  # fmt: skip
     return out_SH
 
 
@@ -50,8 +51,9 @@ def combine_rows(
     if out_TH.numel():
         columns = min(next_power_of_2(width), 1024)
         rows = max(1, 2048 // columns)
-        grid = (cdiv(tokens, rows), cdiv(width, columns))
-        _combine[grid](
+        grid = (cdiv(tokens, rows), cdiv(width, columns), 1)
+        launch(
+            _combine, grid,
             rows_SH, inverse_TK, offsets_E, weights_TK, bias_EH, ids_TK, out_TH, tokens, width, offsets_E.numel(),
             K=top_k, WEIGHTED=weights_TK is not None, BIAS=bias_EH is not None, ROWS=rows, COLUMNS=columns,
             num_warps=4,
@@ -60,12 +62,15 @@ def combine_rows(
 
 
 # Arguments that differ from batch to batch must not be specialised: each new kind of number would be a new compilation.
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["index_ptr"])
-def _gather(source_ptr, index_ptr, out_ptr, size, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["slot_ptr"])
+def _gather(
+    source_ptr, slot_ptr, out_ptr, size, width, stride,
+    K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows[:, None] < size) & (columns[None, :] < width)
-    source = tl.load(index_ptr + rows, mask=rows < size, other=0).to(tl.int64)
+    source = (tl.load(slot_ptr + rows, mask=rows < size, other=0) // K).to(tl.int64)
     values = tl.load(source_ptr + source[:, None] * stride + columns[None, :], mask=inside)
     tl.store(out_ptr + rows[:, None] * width + columns[None, :], values, mask=inside)
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft_plugins.kernels.rows import Rows
+from fastft_plugins.kernels.triton.launch import launch
 from fastft_plugins.kernels.triton.segments import find_tile
 from fastft_plugins.kernels.triton_support import cdiv, next_power_of_2
 
@@ -22,29 +23,32 @@ _ROWS = 256  # of one tile
 
 def segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None) -> Tensor:
     """See `fastft_plugins.kernels.rows.segment_sum`."""
-    rows_XN, index_S = rows.source_XH, rows.index_S
+    rows_XN, slot_S = rows.source_XH, rows.slot_S
     size, width, segments = rows.size, rows_XN.shape[1], offsets_E.numel()
     tiles = cdiv(size, _ROWS) + segments
     partial_PN = torch.empty((tiles, width), dtype=torch.float32, device=rows_XN.device)
     out_EN = torch.empty((segments, width), dtype=torch.float32, device=rows_XN.device)
     columns, padded = min(128, next_power_of_2(width)), next_power_of_2(segments)
     blocks = cdiv(width, columns)
-    _sum_rows[(blocks * tiles,)](
-        rows_XN, index_S, weights_S, offsets_E, partial_PN, width, segments, rows_XN.stride(0),
-        INDEXED=index_S is not None, WEIGHTED=weights_S is not None, SEGMENTS=padded, ROWS=_ROWS, STEP=32,
-        COLUMNS=columns, num_warps=4,
+    launch(
+        _sum_rows, (blocks * tiles, 1, 1),
+        rows_XN, slot_S, weights_S, offsets_E, partial_PN, width, segments, rows_XN.stride(0),
+        INDEXED=slot_S is not None, TOP_K=rows.top_k, WEIGHTED=weights_S is not None, SEGMENTS=padded, ROWS=_ROWS,
+        STEP=32, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
-    _sum_tiles[(blocks, segments)](
-        partial_PN, offsets_E, out_EN, width, segments, SEGMENTS=padded, ROWS=_ROWS, COLUMNS=columns, num_warps=4
-    )
+    launch(
+        _sum_tiles, (blocks, segments, 1),
+        partial_PN, offsets_E, out_EN, width, segments,
+        SEGMENTS=padded, ROWS=_ROWS, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
     return out_EN
 
 
-@triton.jit(do_not_specialize_on_alignment=["index_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["slot_ptr"])
 def _sum_rows(
-    rows_ptr, index_ptr, weights_ptr, offsets_ptr, partial_ptr, width, segments, stride,
-    INDEXED: tl.constexpr, WEIGHTED: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    rows_ptr, slot_ptr, weights_ptr, offsets_ptr, partial_ptr, width, segments, stride,
+    INDEXED: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     blocks = (width + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // blocks  # one axis for both: the others end at 65,535
@@ -58,7 +62,7 @@ def _sum_rows(
         real = row < end
         source = row.to(tl.int64)
         if INDEXED:
-            source = tl.load(index_ptr + row, mask=real, other=0).to(tl.int64)
+            source = (tl.load(slot_ptr + row, mask=real, other=0) // TOP_K).to(tl.int64)
         inside = real[:, None] & (columns[None, :] < width)
         value = tl.load(rows_ptr + source[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         if WEIGHTED:
