@@ -95,6 +95,7 @@ def measure(
         if stack not in PEERS:  # their kernels are of other names, and some do both
             with block.running(stack):
                 _times(block, 1)
+                block.forget_grads()
                 entry["gpu_ms"][stack] = kernel_times(block.step)
     entry["glue_bytes"] = glue_bytes(block, tokens, mode)
     del block
