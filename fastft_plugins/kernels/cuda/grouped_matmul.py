@@ -1,8 +1,8 @@
 """Products of sorted rows with their expert's weight on Hopper, in CUDA C++.
 
 On an H200, whose power limit all of these run into, the six products of gpt-oss-20b's experts (forward, backward and
-weight gradients, 131,072 rows) take 1.03 to 1.14 times what cuBLAS would take were all experts equally long, and 6 to
-7 % less than the best of torch's and Triton's kernels for each (`benchmarks.grouped_products`, three runs).
+weight gradients, 131,072 rows) take 1.02 to 1.14 times what cuBLAS would take were all experts equally long, and 6 to
+7 % less than the best of torch's and Triton's kernels for each (`benchmarks.grouped_products`, five runs).
 
 Shape suffixes: S sorted rows, E experts, K inner width, N outer width.
 """
