@@ -91,8 +91,8 @@ def measure(
             with recorded(stack, entry["peers"]), block.running(stack):
                 _times(block, 1)
                 entry["ms"].setdefault(stack, []).append(statistics.median(_times(block, options.steps)))
-    for stack in stacks if device.type == "cuda" else []:
-        if stack not in PEERS:  # their kernels are of other names, and some do both
+    for stack in stacks:
+        if device.type == "cuda" and stack not in PEERS:  # whose kernels are of other names, and some do both
             with block.running(stack):
                 _times(block, 1)
                 block.forget_grads()

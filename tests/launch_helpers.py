@@ -22,9 +22,9 @@ from fastft_plugins.kernels.triton.launch import launch, launch_key
 TENSORS = [
     torch.zeros(64, dtype=dtype)[start:]
     for dtype in (torch.bfloat16, torch.float32, torch.int32)
-    for start in (0, 1, 16)
+    for start in (0, 1, 2, 4, 16)
 ]
-NUMBERS = [0, 1, 2, 15, 16, 48, 2**31 - 1, 2**31, 2**31 + 16, 2**63 - 1, -1, -16, -(2**31), -(2**31) - 1]
+NUMBERS = [0, 1, 2, 8, 15, 16, 48, 2**31 - 1, 2**31, 2**31 + 16, 2**63 - 1, -1, -16, -(2**31), -(2**31) - 1]
 
 
 def main(count: int) -> None:

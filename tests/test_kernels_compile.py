@@ -36,12 +36,12 @@ ARCHITECTURES = {
 SPILLED = 64  # bytes a thread; a few are harmless
 
 
-def helper(cache, capability, what, script="compile_helpers.py"):
-    """The lines that a script in this folder prints."""
+def helper(cache, script, *arguments):
+    """The lines of JSON that a script in this folder prints. Triton compiles into ``cache``."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment["TRITON_CACHE_DIR"] = str(cache / str(capability))
+    environment["TRITON_CACHE_DIR"] = str(cache)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "tests" / script), str(capability), what]
+    command = [sys.executable, str(ROOT / "tests" / script), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -52,7 +52,8 @@ def compilations(tmp_path_factory):
     cache = tmp_path_factory.mktemp("triton")
     with ThreadPoolExecutor(2) as pool:
         yield {
-            capability: pool.submit(helper, cache, capability, what) for capability, (what, _) in ARCHITECTURES.items()
+            capability: pool.submit(helper, cache / str(capability), "compile_helpers.py", capability, what)
+            for capability, (what, _) in ARCHITECTURES.items()
         }
 
 
@@ -68,11 +69,11 @@ def test_compiles_within_shared_memory_and_registers(compilations, capability):
 
 def test_batch_sizes_cause_no_compilation(tmp_path):
     """Numbers and addresses that differ from batch to batch are not specialised on."""
-    ((one_batch, many_batches),) = helper(tmp_path, 90, "keys")
+    ((one_batch, many_batches),) = helper(tmp_path, "compile_helpers.py", 90, "keys")
     assert one_batch == many_batches
 
 
 def test_a_launch_never_takes_a_kernel_that_triton_would_not(tmp_path):
-    (counts,) = helper(tmp_path, 90, "", "launch_helpers.py")
+    (counts,) = helper(tmp_path, "launch_helpers.py")
     assert counts["theirs"] > 300
     assert counts["several"] == 0

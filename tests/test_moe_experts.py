@@ -13,6 +13,7 @@ from moe_helpers import KINDS, gradients, make_experts, make_inputs, stock_forwa
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from fastft_plugins.kernels.rows import Rows
 from fastft_plugins.moe import experts_forward, function, projection, route
 from fastft_plugins.moe.gates import gate_of
 
@@ -340,3 +341,16 @@ def test_errors_name_the_tensor(change, message):
     inputs = dict(zip(("x", "ids", "weights"), make_inputs(), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         experts_forward(make_experts(), *inputs.values())
+
+
+def test_gradients_lie_as_their_parameters_do():
+    """A transposed view's gradient need not be copied to be added to the parameter behind it."""
+    dense, counts = torch.randn(2, 8, 16), torch.tensor([3, 5], dtype=torch.int32)
+    rows, low, douts = (Rows(torch.randn(5, width)) for width in (16, 4, 8))
+    parts = projection.Projection(dense.mT, None, torch.randn(2, 4, 16).mT, torch.randn(2, 4, 8))
+    need = projection.Projection(True, False, True, True)
+    lows = projection.Low(low.source_XH, low.source_XH)
+    grads = projection.parameter_grads(rows, douts, parts, need, lows, counts)
+    assert [grad.stride() for grad in (grads.weight, grads.lora_a, grads.lora_b)] == [
+        part.stride() for part in (parts.weight, parts.lora_a, parts.lora_b)
+    ]

@@ -114,11 +114,12 @@ def test_counting_sort_does_not_cut_long_ids():
 
 @all_dtypes
 @pytest.mark.parametrize("width", [1, 24, 515])
-def test_gather(dtype, width):
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_gather(dtype, width, top_k):
     source = normal(9, 2 * width, dtype=dtype)[:, :width]  # rows that are not adjacent
-    index = torch.randint(0, 9, (37,), device=DEVICE, dtype=torch.int32)
-    assert torch.equal(gather_rows(Rows(source, index)), source[index])
-    assert gather_rows(Rows(source, index[:0])).shape == (0, width)
+    slots = torch.randint(0, 9 * top_k, (37,), device=DEVICE, dtype=torch.int32)
+    assert torch.equal(gather_rows(Rows(source, slots, top_k)), source[slots // top_k])
+    assert gather_rows(Rows(source, slots[:0], top_k)).shape == (0, width)
 
 
 @all_dtypes
@@ -130,7 +131,7 @@ def test_gather_that_reads_each_row_once(dtype, width, top_k):
     inverse = torch.argsort(order).int().view(9, top_k)
     rows = Rows(source, order.int(), top_k, inverse)
     assert torch.equal(gather_rows(rows), source[order // top_k])
-    assert torch.equal(rows.part(slice(4, 9)).gathered(), source[order[4:9] // top_k])
+    assert torch.equal(gather_rows(rows.part(slice(4, 9))), source[order[4:9] // top_k])
     assert gather_rows(Rows(source[:0], order[:0].int(), top_k, inverse[:0])).shape == (0, width)
 
 
@@ -165,16 +166,18 @@ def test_combine_leaves_out_the_rows_of_sentinels(dtype, tokens, top_k, experts,
 @pytest.mark.parametrize("weighted", [False, True])
 def test_segment_sum(dtype, counts, indexed, weighted):
     size = sum(counts) + 3  # three rows of sentinels
-    source, index = normal(size, 150, dtype=dtype)[:, :133], None
+    source = normal(size, 150, dtype=dtype)[:, :133]
+    rows = truth = Rows(source)
     if indexed:
-        index = torch.randint(0, size - 3, (size,), device=DEVICE, dtype=torch.int32) if size > 3 else int32([0] * size)
+        slots = torch.randint(0, 2 * size, (size,), device=DEVICE, dtype=torch.int32)
+        rows, truth = Rows(source, slots, 2), Rows(source[slots // 2])
     else:
         source[-3:] = NAN
     weights = normal(size) if weighted else None
-    got = segment_sum(Rows(source, index), ends(counts), weights)
-    rows = Rows(source.double() if index is None else source.double()[index])
+    got = segment_sum(rows, ends(counts), weights)
+    truth = Rows(truth.source_XH.double())
     assert got.dtype == torch.float32
-    assert_near(got, reference_segment_sum(rows, ends(counts), *double(weights)), torch.float32)
+    assert_near(got, reference_segment_sum(truth, ends(counts), *double(weights)), torch.float32)
 
 
 # --- gate
@@ -284,7 +287,7 @@ WIDTHS = [(16, 16), (17, 40), (100, 33), (48, 100), (68, 72)]  # the last one ha
 
 
 def some_rows(counts, width, dtype, indexed):
-    """Rows of the experts and two of sentinels, NaN; rows read through an index have NaN between them."""
+    """Rows of the experts and two of sentinels, NaN; rows read by their slots, two a row, have NaN between them."""
     size = sum(counts) + 2
     if not indexed:
         rows = Rows(normal(size, width + 8, dtype=dtype)[:, :width])  # rows that are not adjacent
@@ -294,13 +297,13 @@ def some_rows(counts, width, dtype, indexed):
     index = torch.randperm(size + 5, device=DEVICE)[:size].int()
     unused = torch.ones(size + 5, dtype=torch.bool, device=DEVICE).index_fill_(0, index[:-2].long(), False)
     source[unused] = NAN
-    return Rows(source, index)
+    return Rows(source, 2 * index + torch.randint_like(index, 2), 2)
 
 
 def gathered(rows, size):
     """The first rows in order, in fp64, for the reference."""
     source = rows.source_XH.double()
-    return Rows((source if rows.index_S is None else source[rows.index_S])[:size])
+    return Rows((source if rows.slot_S is None else source[rows.slot_S // rows.top_k])[:size])
 
 
 def weight_of(layout, experts, inner, width, dtype):
@@ -382,6 +385,6 @@ def test_grouped_matmul_through_tensor_descriptors(dtype, layout, counts, inner,
 
     def product(rows, weight, offsets, out):
         source = rows.source_XH.contiguous()
-        return grouped_matmul_tma.grouped_matmul(Rows(source, rows.index_S), weight, offsets)
+        return grouped_matmul_tma.grouped_matmul(Rows(source, rows.slot_S, rows.top_k), weight, offsets)
 
     assert_product(counts, inner, width, layout, dtype, product=product)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+
+pytest.importorskip("triton")
+
+from triton.compiler import CompiledKernel
 
 from fastft_plugins.kernels.triton.launch import launch
 
@@ -21,18 +26,18 @@ class Kernel:
 
     arg_names = ("x_ptr", "y_ptr", "width", "ROWS", "FLAG")
 
-    def __init__(self):
-        self.asked, self.started = [], []
+    def __init__(self, compiles=True):
+        self.asked, self.started, self.compiles = [], [], compiles
 
     def __getitem__(self, grid):
         def ask(*arguments, **constants):
             self.asked.append((grid, arguments, constants))
-            return Compiled(self)
+            return Compiled(self) if self.compiles else None
 
         return ask
 
 
-class Compiled:
+class Compiled(CompiledKernel):
     def __init__(self, kernel):
         self.kernel = kernel
 
@@ -86,8 +91,9 @@ def test_another_kernel_and_another_device_have_kernels_of_their_own(monkeypatch
     assert not first.started and not second.started
 
 
-def test_tensors_elsewhere_leave_everything_to_triton():
-    kernel, x = Kernel(), torch.zeros(64)
+@pytest.mark.parametrize("kernel, x", [(Kernel(), torch.zeros(64)), (Kernel(compiles=False), on_gpu())])
+def test_without_a_compiled_kernel_everything_is_left_to_triton(kernel, x):
+    """On a CPU, and under Triton's interpreter."""
     for _ in range(2):
         launch(kernel, (1, 1, 1), x, None, 32, **CONSTANTS)
     assert len(kernel.asked) == 2

@@ -37,13 +37,6 @@ class Rows:
         """The number of rows in the order, S."""
         return (self.source_XH if self.slot_S is None else self.slot_S).shape[0]
 
-    @property
-    def index_S(self) -> Tensor | None:
-        """int32, the row of ``source_XH`` at each place of the order. Kernels for GPUs divide the slots themselves."""
-        if self.slot_S is None or self.top_k == 1:
-            return self.slot_S
-        return torch.div(self.slot_S, self.top_k, rounding_mode="floor")
-
     def part(self, span: slice) -> Rows:
         """Some of the rows, with a gather of their own; itself for all of them."""
         if span == slice(0, self.size):
@@ -103,8 +96,9 @@ def segment_sum(rows: Rows, offsets_E: Tensor, weights_S: Tensor | None = None) 
 
 
 def reference_gather_rows(rows: Rows) -> Tensor:
-    index_S = rows.index_S
-    return rows.source_XH if index_S is None else rows.source_XH.index_select(0, index_S)
+    if rows.slot_S is None:
+        return rows.source_XH
+    return rows.source_XH.index_select(0, torch.div(rows.slot_S, rows.top_k, rounding_mode="floor"))
 
 
 def reference_combine_rows(
