@@ -6,6 +6,7 @@ import pytest
 import test_checkpointing_hf
 import torch
 from test_checkpointing_hf import AUTO, checkpointed_model, step
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastft_plugins import apply
 
@@ -51,13 +52,19 @@ def longer_each_time(model):
         model(input_ids=ids, labels=ids).loss.backward()
 
 
+checkpoints_inside = pytest.mark.skipif(
+    "__call__" in vars(GradientCheckpointingLayer),
+    reason="transformers before 5.23 checkpoints around what is compiled",
+)
+
+
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("train", "words"),
     [
         (nothing, "no call of a layer was one to plan for"),
         (without_gradients, "no call of a layer was one to plan for"),
-        (compiled, "no call of a layer was one to plan for"),
+        pytest.param(compiled, "no call of a layer was one to plan for", marks=checkpoints_inside),
         (without_a_backward, "has not come through all layers"),
         (two_steps, "too few forwards came"),
         (off_after_one_step, "too few forwards came"),
