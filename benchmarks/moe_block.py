@@ -81,7 +81,6 @@ def measure(
             _times(block, 2)
             if device.type == "cuda":
                 entry["peak"][stack] = _peak(block)
-                block.forget_grads()
             if stack == "fastft":
                 entry["report"] = report
     for _ in range(options.turns):

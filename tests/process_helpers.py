@@ -10,7 +10,6 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
-
 # A process that ends with its group still there now and then aborts: "terminate called without an active exception".
 END = """
 import torch.distributed

@@ -62,7 +62,6 @@ own = Own(tiny_model().config)
 shard(own)
 with apply(own) as run:
     assert "Own is not transformers' own class" in run.report.features["packing"].reason
-dist.destroy_process_group()
 """
 LIGHTNING = """
 import sys
