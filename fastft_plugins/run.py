@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
@@ -107,12 +108,15 @@ class Run:
     def collator(self, inner: Any) -> Any:
         """The collator for the loader of your own loop: ``inner``, made padding-free if this run packs its batches.
 
-        Use the loader inside the run only: outside, nothing tells a model where the documents of a row begin.
+        Use the loader inside the run only. After its end the collator returns the batches of ``inner``, except in
+        workers of a loader that were started before.
         """
         if self.wrap_collator is None or not self.report.features["packing"].enabled:
             return inner
         self.has_given_collator = True
-        return self.wrap_collator(inner)
+        collator = self.wrap_collator(inner)
+        self.ledger.record("a collator of Run.collator", partial(_retire, weakref.ref(collator)))
+        return collator
 
     def start(self) -> Run:
         """Ask every feature; whatever one of them raises, nothing stays behind."""
@@ -244,9 +248,18 @@ class Run:
             logger.debug("fastft: %s stays off: %s", name, declined)
             return
         if self._mode(name) == "on" or self.config.strict:
-            asked = f"{name}='on'" if self._mode(name) == "on" else "strict=True"
-            raise FastFTError(f"{asked}, but {name} {error}: {declined}") from declined
+            on = self._mode(name) == "on"
+            asked, remedy = (f"{name}='on'", f"{name}='auto'") if on else ("strict=True", "strict=False")
+            raise FastFTError(
+                f"{asked}, but {name} {error}: {declined}. Remedy: {remedy}, which trains stock there"
+            ) from declined
         logger.warning("fastft: %s %s: %s", name, warning, declined)
+
+
+def _retire(collator_ref: weakref.ref[Any]) -> None:
+    collator = collator_ref()
+    if collator is not None:
+        collator.packs = False
 
 
 def active_run(model: nn.Module) -> Run | None:

@@ -275,3 +275,12 @@ def test_models_that_are_not_served_are_named(caplog):
         with apply(model) as run:
             pass
         assert words in run.report.features["packing"].reason
+
+
+def test_the_collator_of_a_run_packs_no_longer_than_the_run():
+    model, rows = tiny_model().train(), documents(4)
+    for _ in range(2):
+        with apply(model, {"packing": "on"}) as run:
+            collator = run.collator(Pad())
+            assert collator(rows)["input_ids"].shape[0] == 1
+        torch.testing.assert_close(dict(collator(rows)), dict(Pad()(rows)))

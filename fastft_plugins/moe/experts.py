@@ -52,7 +52,7 @@ def experts_forward(
     routing = route(top_k_index_TK, module.num_experts)
     load.remember(module, routing.counts)
     dtype = up.weight.dtype
-    if torch.is_autocast_enabled(hidden_TH.device.type):
+    if torch.is_autocast_enabled(hidden_TH.device.type) and dtype != torch.float64:  # as torch's own products do
         dtype = torch.get_autocast_dtype(hidden_TH.device.type)
     up, down = up.to(dtype), down.to(dtype)
     x_TH, gate = hidden_TH.to(dtype).contiguous(), gate_of(module)

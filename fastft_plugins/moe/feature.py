@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from fastft_plugins.device import training_device
-from fastft_plugins.errors import NothingToWin
+from fastft_plugins.errors import Declined, NothingToWin
 from fastft_plugins.kernels.dispatch import choices
 from fastft_plugins.kernels.triton_support import TensorCall, triton_rejects
 from fastft_plugins.moe import load
@@ -29,11 +30,15 @@ class MoEFeature:
 
     def start(self, run: Run) -> str:
         """See `fastft_plugins.run.Feature`."""
-        if run.config.mode(self.name) != "on":
-            self._check_that_it_helps(run)
-        changes = run.call("fastft_inject_router", experts_fn=experts_forward)
+        useless = None if run.config.mode(self.name) == "on" else _why_useless(run.model)
+        try:  # even where it is useless: the report then says what there is to serve
+            changes = run.call("fastft_inject_router", experts_fn=experts_forward)
+        except Declined as declined:
+            raise declined if useless is None else NothingToWin(str(declined)) from declined
+        if useless is not None:
+            raise NothingToWin(f"nothing to win here, it {useless}; moe='on' would do it: {'; '.join(changes)}")
         run.report.features[self.name].changes.extend(changes)
-        return "experts run as one sort and a few grouped products, deterministic, without waiting for the host"
+        return "experts run as one sort and a few grouped products, deterministic"
 
     def measure(self, run: Run) -> dict[str, float]:
         """See `fastft_plugins.run.Feature`."""
@@ -47,12 +52,7 @@ class MoEFeature:
         for op in _OPS:
             entry.changes.extend(f"{op} kernel: {choice}" for choice in choices(op))
 
-    def _check_that_it_helps(self, run: Run) -> None:
-        device = training_device(run.model)
-        if device is None:
-            raise NothingToWin("the model has no parameters")
-        reason = triton_rejects(TensorCall(device, torch.bfloat16))
-        if reason is not None:
-            raise NothingToWin(
-                f"nothing to win here, it {reason}; where the model has experts, moe='on' switches it on all the same"
-            )
+
+def _why_useless(model: nn.Module) -> str | None:
+    device = training_device(model)
+    return "needs a parameter" if device is None else triton_rejects(TensorCall(device, torch.bfloat16))

@@ -51,16 +51,20 @@ class PaddingFreeCollator:
             positions; False keeps such batches padded, for models in which a position counts by itself.
         flash_arguments: whether the row has ``cu_seq_lens``, ``max_length`` and ``seq_idx``, which only stock's own
             packed layers read. The ints among them have no ``.to``, and break loops that move each value by itself.
+
+    Attributes:
+        packs: False has ``inner``'s batches pass as they are; the end of its run sets that on a `Run.collator`.
     """
 
     def __init__(self, inner: Any, *, move_positions: bool = True, flash_arguments: bool = True) -> None:
         self.inner = inner
         self.move_positions = move_positions
         self.flash_arguments = flash_arguments
+        self.packs = True
 
     def __call__(self, features: Any) -> Any:
         batch = self.inner(features)
-        if not isinstance(batch, MutableMapping) or METADATA_KEY in batch:
+        if not self.packs or not isinstance(batch, MutableMapping) or METADATA_KEY in batch:
             return batch
         try:
             row = _pack(batch)

@@ -12,23 +12,34 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastft_plugins.run import Run
+
+# What `_is_plain` refuses, in words.
+_NOT_PLAIN = "not one active adapter alone, or a hook or another forward on its module"
 
 
 def inject_lora(
     run: Run, experts: Sequence[nn.Module], experts_fn: Callable[..., Tensor], serves: Callable[[nn.Module], bool]
-) -> int:
-    """Replace the forward of the outermost wrapper of each of ``experts`` that has one; returns how many have."""
+) -> list[str]:
+    """Replace the forward of the outermost wrapper of each of ``experts`` that has one; returns what that changes."""
     wrappers = [module for module in run.model.modules() if type(module).__name__ == "ParamWrapper"]
     inner = {id(wrapper.base_layer) for wrapper in wrappers}
     served = {id(module) for module in experts}
-    count = 0
+    plain = merging = 0
     for wrapper in wrappers:
-        if id(wrapper) not in inner and id(_chain(wrapper)[-1]) in served:
+        if id(wrapper) in inner or id(_chain(wrapper)[-1]) not in served:
+            continue
+        if all(map(_is_plain, _chain(wrapper))):
+            plain += 1
+        else:  # for now
+            merging += 1
+        if "forward" not in vars(wrapper):
             run.ledger.setattr(wrapper, "forward", _Forward(wrapper, experts_fn, serves))
-            count += 1
-    return count
+    changes = [f"LoRA on the experts of {plain} layers (W + ΔW is never made)"] if plain else []
+    changes += [f"LoRA on the experts of {merging} layers is PEFT's own: {_NOT_PLAIN}"] if merging else []
+    return changes
 
 
 class _Forward:
@@ -41,7 +52,12 @@ class _Forward:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         wrapper: Any = self._wrapper()
         *wrappers, module = _chain(wrapper)
-        if kwargs or not self._serves(module) or not all(_is_plain(each) for each in (*wrappers, module)):
+        if (
+            kwargs
+            or _has_any_global_hook()
+            or not self._serves(module)
+            or not all(_is_plain(each, ours=each is wrapper) for each in (*wrappers, module))
+        ):
             return type(wrapper).forward(wrapper, hidden_states, *args, **kwargs)
         lora = {each.parameter_name: _factors(each) for each in wrappers}
         return self._experts_fn(module, hidden_states, *args, lora=lora)
@@ -58,8 +74,10 @@ def _chain(wrapper: Any) -> list[Any]:
     return chain
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether nothing but one active adapter stands between the experts and their input."""
+def _is_plain(module: Any, ours: bool = False) -> bool:
+    """Whether nothing but one active adapter stands between the experts and their input; ``ours``: our forward."""
+    if "forward" in vars(module) and not ours:
+        return False
     if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
         return False
     if type(module).__name__ != "ParamWrapper":

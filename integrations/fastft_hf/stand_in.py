@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -9,7 +10,8 @@ from typing import Any
 class StandInConfig:
     """``stock`` with some attributes replaced. A copy or pickle of it is ``stock`` itself: copies of a model are stock.
 
-    What is read and not replaced comes from ``stock`` at that moment; ``_fastft_stock_config`` is ``stock``.
+    What is read and not replaced comes from ``stock`` at that moment, and what is set goes there;
+    ``_fastft_stock_config`` is ``stock``.
     """
 
     def __init__(self, stock: Any, **replaced: Any) -> None:
@@ -17,6 +19,12 @@ class StandInConfig:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_fastft_stock_config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._fastft_stock_config, name, value)
+
+    def __copy__(self) -> Any:
+        return copy.copy(self._fastft_stock_config)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return operator.getitem, ((self._fastft_stock_config,), 0)
