@@ -207,3 +207,26 @@ def test_without_a_gpu_the_report_says_what_there_is_to_serve(monkeypatch):
     monkeypatch.setattr(feature, "triton_rejects", lambda call: None)
     with pytest.raises(FastFTError, match=r"act_fn.slope.*Remedy: strict=False"):
         apply(model, {"packing": "off", "strict": True}).__enter__()
+
+
+def test_the_report_holds_the_balance_of_the_experts_and_no_kernels_of_another_run():
+    model, ids = tiny_causal_lm(), torch.randint(97, (2, 7))
+    with apply(model, ON) as run:
+        loss_and_gradients(model, ids)
+    moe = run.report.features["moe"]
+    assert 1 <= moe.metrics["expert_imbalance"] <= 4 and "expert_imbalance" in str(run.report)
+    assert any("kernel" in change for change in moe.changes)
+    with apply(model, ON) as run:
+        pass
+    assert not any("kernel" in change for change in run.report.features["moe"].changes)
+
+
+def test_a_function_of_another_under_our_name_is_kept():
+    mine = lambda *args: None  # noqa: E731
+    ExpertsInterface.register("fastft", mine)
+    try:
+        with pytest.raises(FastFTError, match="registered as experts implementation 'fastft'"):
+            apply(tiny_causal_lm(), ON).__enter__()
+        assert ExpertsInterface._global_mapping["fastft"] is mine
+    finally:
+        del ExpertsInterface._global_mapping["fastft"]

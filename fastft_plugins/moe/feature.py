@@ -9,7 +9,7 @@ from torch import nn
 
 from fastft_plugins.device import training_device
 from fastft_plugins.errors import Declined, NothingToWin
-from fastft_plugins.kernels.dispatch import choices
+from fastft_plugins.kernels.dispatch import choices, forget
 from fastft_plugins.kernels.triton_support import TensorCall, triton_rejects
 from fastft_plugins.moe import load
 from fastft_plugins.moe.experts import experts_forward
@@ -30,6 +30,7 @@ class MoEFeature:
 
     def start(self, run: Run) -> str:
         """See `fastft_plugins.run.Feature`."""
+        forget()  # what a run before this one chose
         useless = None if run.config.mode(self.name) == "on" else _why_useless(run.model)
         try:  # even where it is useless: the report then says what there is to serve
             changes = run.call("fastft_inject_router", experts_fn=experts_forward)
@@ -48,6 +49,7 @@ class MoEFeature:
     def stop(self, run: Run) -> None:
         """See `fastft_plugins.run.Feature`."""
         entry = run.report.features[self.name]
+        entry.metrics |= self.measure(run)
         load.forget(run.model)
         for op in _OPS:
             entry.changes.extend(f"{op} kernel: {choice}" for choice in choices(op))

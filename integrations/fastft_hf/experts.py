@@ -49,6 +49,8 @@ def inject_experts(run: Run, experts_fn: Callable[..., Tensor]) -> str | None:
     served = [module for module, reason in zip(experts, reasons, strict=True) if reason is None]
     if not served:
         raise Declined("; ".join(kept))
+    if ALL_EXPERTS_FUNCTIONS.get(_EXPERTS_NAME, _experts_forward) is not _experts_forward:
+        raise Declined(f"another function is registered as experts implementation '{_EXPERTS_NAME}'")
     run.ledger.share("transformers' experts function 'fastft'", _register, _unregister)
     for module in served:
         _install(run, module, experts_fn)
