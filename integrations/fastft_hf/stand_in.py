@@ -21,7 +21,7 @@ class StandInConfig:
         return getattr(vars(self)["_fastft_stock_config"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._fastft_stock_config, name, value)
+        self._fastft_stock_config.__setattr__(name, value)  # the user's own change, which a run does not undo
 
     def __copy__(self) -> Any:
         return copy.copy(self._fastft_stock_config)
