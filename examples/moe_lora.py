@@ -5,26 +5,18 @@ from __future__ import annotations
 
 import tempfile
 
-import torch
 from peft import LoraConfig, get_peft_model
-from tiny import ROWS, pad
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
+from tiny import ROWS, pad, tiny_moe_model
+from transformers import Trainer, TrainingArguments
 
 from fastft_plugins import FastFTCallback
 
-torch.manual_seed(0)
-model = Qwen3MoeForCausalLM(
-    Qwen3MoeConfig(
-        hidden_size=32, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=97, use_cache=False,
-    )
-)  # fmt: skip
 # The weights of all experts are one parameter, which target_modules does not reach.
 lora = LoraConfig(
     task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"],
     target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 )  # fmt: skip
-model = get_peft_model(model, lora)
+model = get_peft_model(tiny_moe_model(), lora)
 callback = FastFTCallback({"moe": "on"})
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(

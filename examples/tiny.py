@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 torch.set_num_threads(1)
 
@@ -16,6 +16,16 @@ def tiny_model() -> LlamaForCausalLM:
         LlamaConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=97, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def tiny_moe_model() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            hidden_size=32, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=97, use_cache=False,
         )
     )  # fmt: skip
 

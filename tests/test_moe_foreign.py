@@ -8,19 +8,28 @@ import logging
 import pytest
 import torch
 from moe_helpers import tiny_causal_lm
-from test_moe_hf import ON, compare_lora, experts_of, lora_model, loss_and_gradients
+from test_moe_hf import (  # noqa: F401  # two are fixtures, one of them for every test here
+    ON,
+    compare_lora,
+    experts_of,
+    learn_the_gate,
+    looks_like_a_gpu,
+    lora_model,
+    loss_and_gradients,
+    nothing_is_left,
+    two_active,
+)
 from torch import nn
 from torch.testing import assert_close
 from transformers.integrations.moe import ExpertsInterface
 
 from fastft_hf import experts
 from fastft_plugins import FastFTError, apply
-from fastft_plugins.moe import feature
 from fastft_plugins.moe.gates import gate_of
 
 
-def compare(model, ids=None):
-    ids = torch.randint(97, (2, 7)) if ids is None else ids
+def compare(model):
+    ids = torch.randint(97, (2, 7))
     stock = loss_and_gradients(model, ids)
     with apply(model, ON):
         ours = loss_and_gradients(model, ids)
@@ -187,7 +196,7 @@ def test_lora_with_somebody_elses_forward_or_hook_is_pefts(where, monkeypatch):
 
 def test_the_report_names_the_lora_that_is_pefts_own():
     adapted = lora_model(adapters=2)
-    adapted.base_model.set_adapter(["default", "second"])
+    two_active(adapted)
     with apply(adapted, ON) as run:
         pass
     assert any("2 layers is PEFT's own" in change for change in run.report.features["moe"].changes)
@@ -196,15 +205,20 @@ def test_the_report_names_the_lora_that_is_pefts_own():
 # ------------------------------------------------------------------------------------------------ what it says
 
 
-def test_without_a_gpu_the_report_says_what_there_is_to_serve(monkeypatch):
+def test_without_a_gpu_the_report_says_what_there_is_to_serve():
     with apply(tiny_causal_lm(), {"packing": "off"}) as run:
         assert "experts function in 2 layers" in run.report.features["moe"].reason
     model = tiny_causal_lm()
     for module in experts_of(model):
-        module.act_fn.slope = nn.Parameter(torch.ones(()))
+        learn_the_gate(module)
     with apply(model, {"packing": "off", "strict": True}) as run:
         assert "act_fn.slope" in run.report.features["moe"].reason
-    monkeypatch.setattr(feature, "triton_rejects", lambda call: None)
+
+
+def test_an_error_under_strict_names_the_remedy(looks_like_a_gpu):  # noqa: F811
+    model = tiny_causal_lm()
+    for module in experts_of(model):
+        learn_the_gate(module)
     with pytest.raises(FastFTError, match=r"act_fn.slope.*Remedy: strict=False"):
         apply(model, {"packing": "off", "strict": True}).__enter__()
 
